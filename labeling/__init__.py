@@ -1,0 +1,1 @@
+"""From a flagged answer to an accepted label."""

@@ -1,0 +1,130 @@
+"""One database handle for SQLite (WAL, one writer) and PostgreSQL; sessions are short and explicit.
+
+`read()` gives a session for queries; `write()` gives one transaction that is committed, durably, when the block ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, Dialect, event, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.sql.dml import Insert
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import SQLModel
+
+from labeling.errors import Unavailable
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+    default_hint = "Check that the database is reachable, has room on its disk and is not opened read-only."
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes on both databases; SQLite itself forgets the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"a datetime without time zone: {value!r}")
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_id(prefix: str) -> str:
+    """`prefix_` + 11 hex digits of milliseconds + 16 random ones: sorts by time, never repeats."""
+    return f"{prefix}_{time.time_ns() // 1_000_000:011x}{secrets.token_hex(8)}"
+
+
+def insert_or_nothing(
+    session: AsyncSession, table: type[SQLModel], rows: dict[str, Any] | list[dict[str, Any]]
+) -> Insert:
+    """INSERT ... ON CONFLICT DO NOTHING in the session's dialect: the only form of "once" that we use."""
+    dialect = session.get_bind().dialect.name
+    build = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return build(table).values(rows).on_conflict_do_nothing()
+
+
+class Database:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = url.startswith("sqlite")
+        self.engine: AsyncEngine = (
+            _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
+        )
+        self._writer = asyncio.Lock()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        with _translated():
+            async with AsyncSession(self.engine, expire_on_commit=False) as session:
+                yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """One transaction. On SQLite one at a time, taken IMMEDIATE so that a lock shows at the start, not at commit."""
+        with _translated():
+            if not self.is_sqlite:
+                async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
+                    yield session
+                return
+            async with self._writer, AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
+                await session.execute(text("BEGIN IMMEDIATE"))
+                yield session
+
+    async def create_tables(self) -> None:
+        """The current schema without migrations: for tests and throw-away databases."""
+        async with self.engine.begin() as connection:
+            await connection.run_sync(SQLModel.metadata.create_all)
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+class _translated:
+    """Turns the driver's "cannot reach, locked, full, read-only" into our retryable error; leaves programming errors."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OperationalError | ConnectionError | OSError) or (
+            isinstance(error, DBAPIError) and error.connection_invalidated
+        ):
+            raise DatabaseUnavailable(
+                f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}"
+            ) from error
+
+
+def _sqlite_engine(url: str) -> AsyncEngine:
+    engine = create_async_engine(url, connect_args={"timeout": 10}, pool_size=8, max_overflow=8)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _connect(connection: Any, _record: object) -> None:
+        # Transactions are opened by us (BEGIN IMMEDIATE above), not by the driver's own guess.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return engine

@@ -1,0 +1,206 @@
+"""Tables from an exchange to an accepted label. Foreign keys point downwards only."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, Column, Index, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+from labeling.database import UtcDateTime, new_id, now
+
+
+def _json(nullable: bool = False) -> Any:
+    return Column(JSON, nullable=nullable)
+
+
+def _time(nullable: bool = False) -> Any:
+    return Column(UtcDateTime, nullable=nullable)
+
+
+class FeedbackKind(StrEnum):
+    FLAG = "flag"
+    RATING = "rating"
+    COMMENT = "comment"
+    CORRECTION = "correction"
+    PREFERENCE = "preference"
+
+
+class ItemState(StrEnum):
+    """open -> pushed (a task exists) -> labelled | disputed | withdrawn."""
+
+    OPEN = "open"
+    PUSHED = "pushed"
+    LABELLED = "labelled"
+    DISPUTED = "disputed"
+    WITHDRAWN = "withdrawn"
+
+
+class LabelState(StrEnum):
+    ACCEPTED = "accepted"
+    DISPUTED = "disputed"
+    REFUSED = "refused"
+    WITHDRAWN = "withdrawn"
+
+
+class Verdict(StrEnum):
+    """What the labeller says of the flagged answer."""
+
+    GOOD = "good"
+    WRONG = "wrong"
+    CANNOT_TELL = "can't tell"
+    UNSAFE = "unsafe"
+
+
+class Exchange(SQLModel, table=True):
+    """One request with its answer. `completion_id` is vLLM's; unique per project."""
+
+    __tablename__ = "exchanges"
+    __table_args__ = (
+        UniqueConstraint("project", "completion_id"),
+        Index("ix_exchanges_request", "project", "request_id"),
+    )
+    id: str = Field(primary_key=True, default_factory=lambda: new_id("ex"))
+    project: str
+    completion_id: str
+    request_id: str | None = None
+    session_id: str | None = Field(default=None, index=True)
+    served: str  # the immutable name that answered, `support-bot@v2` or the base's
+    messages: list[dict[str, Any]] = Field(sa_column=_json())  # a plain prompt is one user message
+    parameters: dict[str, Any] = Field(sa_column=_json())
+    answers: list[str] = Field(sa_column=_json())  # one text a choice
+    finish_reason: str | None = None
+    streamed: bool = False
+    key_id: str | None = None
+    latency_ms: float = 0.0
+    created_at: datetime = Field(default_factory=now, sa_column=_time())
+
+
+class Feedback(SQLModel, table=True):
+    """What an app or its user said of one answer; `exchange_id` is set once it is linked."""
+
+    __tablename__ = "feedback"
+    __table_args__ = (
+        Index("ix_feedback_completion", "project", "completion_id"),
+        Index("ix_feedback_unfolded", "project", "folded_at"),
+    )
+    id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
+    project: str
+    kind: FeedbackKind
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    completion_id: str | None = None
+    request_id: str | None = None
+    session_id: str | None = None
+    choice: int = 0
+    value: Any = Field(default=None, sa_column=_json(nullable=True))
+    reasons: list[str] = Field(default_factory=list, sa_column=_json())
+    severity: float = 0.5  # 0..1
+    comment: str | None = None
+    reporter: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
+    messages: list[dict[str, Any]] | None = Field(default=None, sa_column=_json(nullable=True))
+    answer: str | None = None
+    key_id: str | None = None
+    created_at: datetime = Field(default_factory=now, sa_column=_time())
+    folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when it entered the review queue
+
+
+class ReviewItem(SQLModel, table=True):
+    """One distinct problem: all members share the normalised prompt. `answer` is the newest flagged one."""
+
+    __tablename__ = "review_items"
+    __table_args__ = (UniqueConstraint("project", "prompt_digest", "round"),)
+    id: str = Field(primary_key=True, default_factory=lambda: new_id("it"))
+    project: str = Field(index=True)
+    prompt_digest: str
+    round: int = 1  # a problem flagged again after its label was trained opens the next round
+    messages: list[dict[str, Any]] = Field(sa_column=_json())
+    answer: str
+    served: str | None = None
+    prefilled: str | None = None  # a correction that an app or its user offered
+    reasons: list[str] = Field(default_factory=list, sa_column=_json())
+    count: int = 0
+    severity: float = 0.5
+    score: float = 0.0  # 0..1, the higher the sooner a labeller sees it
+    held_out: bool = False  # labelled, but never trained on; set at creation, before anyone labels
+    state: ItemState = ItemState.OPEN
+    task_id: int | None = Field(default=None, index=True)
+    created_at: datetime = Field(default_factory=now, sa_column=_time())
+    pushed_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+
+
+class ItemMember(SQLModel, table=True):
+    """One feedback folded into an item. `held_out` is the item's, fixed by the hash of the first exchange."""
+
+    __tablename__ = "item_members"
+    feedback_id: str = Field(primary_key=True, foreign_key="feedback.id")
+    item_id: str = Field(foreign_key="review_items.id", index=True)
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+
+
+class Annotation(SQLModel, table=True):
+    """Label Studio's annotation as last seen; (server project, annotation id) is its identity."""
+
+    __tablename__ = "annotations"
+    labelling_project: int = Field(primary_key=True)
+    annotation_id: int = Field(primary_key=True)
+    item_id: str = Field(foreign_key="review_items.id", index=True)
+    annotator: str
+    verdict: Verdict | None = None
+    correction: str | None = None
+    must_contain: list[str] = Field(default_factory=list, sa_column=_json())
+    cancelled: bool = False
+    deleted: bool = False
+    lead_seconds: float | None = None
+    updated_at: datetime = Field(sa_column=_time())
+
+
+class Label(SQLModel, table=True):
+    """The accepted (or refused, with its reason) outcome of an item's annotations; one row an item."""
+
+    __tablename__ = "labels"
+    item_id: str = Field(primary_key=True, foreign_key="review_items.id")
+    id: str = Field(default_factory=lambda: new_id("lb"), unique=True)
+    project: str = Field(index=True)
+    state: LabelState
+    verdict: Verdict
+    messages: list[dict[str, Any]] = Field(sa_column=_json())  # exactly what the labeller was shown
+    flagged_answer: str
+    correction: str | None = None
+    must_contain: list[str] = Field(
+        default_factory=list, sa_column=_json()
+    )  # each "a|b": any of these words must stand in a right answer
+    held_out: bool = False
+    annotators: list[str] = Field(default_factory=list, sa_column=_json())
+    reason: str | None = None  # why refused or disputed
+    accepted_at: datetime = Field(default_factory=now, sa_column=_time())
+    updated_at: datetime = Field(default_factory=now, sa_column=_time())
+
+
+class GoodAnswer(SQLModel, table=True):
+    """An exchange that users rated good: the rolling hold-out of answers that must stay good."""
+
+    __tablename__ = "good_answers"
+    __table_args__ = (UniqueConstraint("project", "prompt_digest"),)
+    id: str = Field(primary_key=True, default_factory=lambda: new_id("ga"))
+    project: str = Field(index=True)
+    prompt_digest: str
+    messages: list[dict[str, Any]] = Field(sa_column=_json())
+    answer: str
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    must_contain: list[str] = Field(
+        default_factory=list, sa_column=_json()
+    )  # from the rating's tag `must_contain`, when given
+    created_at: datetime = Field(default_factory=now, sa_column=_time())
+
+
+class LabellingProject(SQLModel, table=True):
+    """Which Label Studio project holds a project's tasks, and how far its changes were read."""
+
+    __tablename__ = "labelling_projects"
+    project: str = Field(primary_key=True)
+    server_project: int
+    watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    swept_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))

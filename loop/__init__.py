@@ -1,0 +1,1 @@
+"""One night: from labels to a served adapter."""

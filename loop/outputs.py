@@ -1,0 +1,100 @@
+"""What each stage hands on. Paths are absolute; scores are fractions 0..1 of a stated n."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loop.stage import StageOutput
+from loop.tables import NightState
+
+
+class SyncedLabels(StageOutput):
+    accepted: int
+    disputed: int
+    refused: int
+    not_in_current: int  # accepted, trainable, and not yet in the adapter that serves
+
+
+class Delta(StageOutput):
+    """`data_dir` holds train.jsonl and the exam items trained.jsonl, held_out.jsonl, good_answers.jsonl."""
+
+    data_dir: str
+    digest: str
+    label_ids: tuple[str, ...]
+    label_rows: int
+    replay_rows: int
+    base_rows: int
+    held_out_items: int
+    notes: tuple[str, ...] = ()  # what was left out, and why
+
+
+class Preflight(StageOutput):
+    spec_path: str
+    base_digest: str
+    checks: tuple[str, ...]
+
+
+class Trained(StageOutput):
+    adapter_dir: str
+    adapter_digest: str
+    result: dict[str, Any]  # the trainer's result.json
+    seconds: float
+
+
+class Registered(StageOutput):
+    adapter: str  # support-bot@v2
+    version: int
+    run_id: str
+    archive: str
+    folder: str  # where replicas find it, as seen from here
+
+
+class FamilyResult(StageOutput):
+    """One family of the gate, paired per item. `rows_path` is JSONL: id, base, current, candidate (0..1), answers."""
+
+    name: str  # trained | held_out | good_answers | task:NAME
+    n: int
+    base: float
+    current: float
+    candidate: float
+    lost: int  # current right, candidate wrong
+    won: int
+    rows_path: str
+
+
+class Evaluated(StageOutput):
+    current: str
+    current_digest: str
+    families: tuple[FamilyResult, ...]
+    tasks_digest: str
+    probe: dict[str, Any]
+    applied: bool  # the adapter changes log-probabilities at all
+    seconds_an_answer: dict[str, float]  # median, by base / current / candidate
+
+
+class Decided(StageOutput):
+    state: NightState
+    reason: str
+    hint: str
+    evidence_hash: str
+    report_path: str
+
+
+class Loaded(StageOutput):
+    adapter: str
+    replicas: tuple[str, ...]
+
+
+class Probed(StageOutput):
+    largest_difference: dict[str, float]  # by replica, nats a token
+
+
+class Switched(StageOutput):
+    from_adapter: str
+    to_adapter: str
+    promotion_id: str
+
+
+class Drained(StageOutput):
+    seconds: float
+    unloaded: tuple[str, ...]

@@ -1,0 +1,207 @@
+"""Settings of a night: engine, registry, archive, schedule, trainer, replay, gate, approval. Values only."""
+
+from __future__ import annotations
+
+from datetime import time
+from enum import StrEnum
+from pathlib import Path
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from labeling.settings import LabelingSettings, Strict
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ReplicaSettings(Strict):
+    url: str = Field(description="Root of one vLLM, without /v1")
+    adapter_dir: str = Field("", description="Our adapters folder as that vLLM sees it; empty = the same path as here")
+
+
+class EngineSettings(Strict):
+    """[vllm]: the engine that serves one base model."""
+
+    managed: bool = Field(False, description="Started by `nightschool up` as a child")
+    replicas: tuple[ReplicaSettings, ...] = ()
+    api_key: SecretStr | None = None
+    device: str = Field("cpu", pattern="^(cpu|cuda)$", description="For managed engines")
+    dtype: str = Field("bfloat16", pattern="^(bfloat16|float16|float32)$")
+    max_model_len: int = Field(1024, ge=128, le=1_000_000)
+    max_num_seqs: int = Field(8, ge=1, le=1024)
+    max_loras: int = Field(
+        5, ge=5, le=64, description="One above the adapters ever registered: slot -1 is the base on CPU"
+    )
+    max_lora_rank: int = Field(16, ge=1, le=512)
+    kv_cache_gib: int = Field(1, ge=1, le=1024, description="CPU engines only")
+    threads: int = Field(2, ge=1, le=256, description="CPU engines only")
+    extra_args: tuple[str, ...] = ()
+    start_timeout_seconds: float = Field(300.0, gt=0, le=3600)
+    examination: str = Field(
+        "own", pattern="^(own|replica)$", description="own: a child engine for the gate; replica: the first replica"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> EngineSettings:
+        if self.managed and self.replicas:
+            raise ValueError("managed = true and replicas exclude each other: keep one")
+        return self
+
+
+class MlflowSettings(Strict):
+    managed: bool = False
+    url: str = ""
+    username: str = ""
+    password: SecretStr | None = None
+    timeout_seconds: float = Field(30.0, gt=0, le=600)
+    poll_seconds: float = Field(2.0, ge=0.2, le=3600, description="Between two looks at the aliases")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> MlflowSettings:
+        if self.managed and self.url:
+            raise ValueError("managed = true and url exclude each other: keep one")
+        return self
+
+
+class ObjectStoreSettings(Strict):
+    """[object_store]: the archive of data, adapters and reports."""
+
+    kind: str = Field("folder", pattern="^(folder|s3)$")
+    folder: Path | None = Field(None, description="folder: where; empty = archive/ in the data directory")
+    endpoint: str = Field("", description="s3: host:port")
+    bucket: str = "nightschool"
+    region: str = "us-east-1"
+    secure: bool = Field(True, description="s3: TLS; false is your explicit choice")
+    access_key: SecretStr | None = None
+    secret_key: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ObjectStoreSettings:
+        if self.kind == "s3" and not (self.endpoint and self.access_key and self.secret_key):
+            raise ValueError('kind = "s3" needs endpoint, access_key and secret_key')
+        return self
+
+
+class ScheduleSettings(Strict):
+    enabled: bool = True
+    at: time = Field(time(2, 0), description="Local time of the nightly claim")
+    time_zone: str = Field("UTC", description="IANA name")
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in available_timezones():
+            raise ValueError(f"unknown time zone {value!r}: use an IANA name such as Europe/Helsinki")
+        return value
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return ZoneInfo(self.time_zone)
+
+
+class TrainerSettings(Strict):
+    """[projects.trainer]: one recipe, rendered for each backend."""
+
+    backend: str = Field("peft", pattern="^(peft|unsloth)$")
+    python: str = Field("", description="Python of the trainer's environment; empty = this one")
+    quantisation: str = Field("nf4", pattern="^(nf4|none)$")
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32, gt=0, le=1024)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = LINEAR_LAYERS
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    epochs: float = Field(6, gt=0, le=1000)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
+    warmup_share: float = Field(0.1, ge=0, le=1)
+    scheduler: str = Field("one_cycle", pattern="^(one_cycle|cosine|linear|constant)$")
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_steps: int = Field(250, ge=1)
+    max_length: int = Field(1024, ge=16, le=1_000_000)
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1)
+    replay_loss: str = Field(
+        "kl", pattern="^(ce|kl)$", description="How replay rows hold the model: cross entropy, or KL to the base"
+    )
+    kl_weight: float = Field(1.0, ge=0, le=100)
+    hours_allowed: float = Field(8.0, gt=0, le=168)
+
+
+class ReplaySettings(Strict):
+    """Older rows mixed in against forgetting."""
+
+    max_rows: int = Field(200, ge=0, le=1_000_000, description="Of older accepted labels")
+    prompts_file: Path | None = Field(
+        None, description="JSONL of {prompt}; empty = ours. The base's own answers become rows"
+    )
+    base_rows: int = Field(96, ge=0, le=1_000_000, description="How many of the base's own good answers")
+    base_answer_tokens: int = Field(48, ge=1, le=4096)
+
+
+class Scoring(StrEnum):
+    EXACT = "exact"
+    CONTAINS = "contains"
+    REGEX = "regex"
+    NUMERIC = "numeric"
+    JSON_SCHEMA = "json_schema"
+    CHRF = "chrf"
+
+
+class TaskSettings(Strict):
+    """One lm-eval task of the project's suite."""
+
+    name: str
+    folder: Path = Field(description="Holds the task's YAML and data")
+    metric: str = "acc"
+    kind: str = Field("multiple_choice", pattern="^(multiple_choice|generate_until)$")
+
+
+class GateSettings(Strict):
+    margin_points: float = Field(2.5, gt=0, le=50, description="Loss, in points of 100, that is still no loss")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="One-sided level of every test")
+    scoring: Scoring = Scoring.CONTAINS
+    chrf_at_least: float = Field(0.6, gt=0, le=1)
+    answer_tokens: int = Field(48, ge=1, le=8192)
+    held_out_file: Path | None = Field(
+        None, description="JSONL of {id, question, accept}: prompts never labelled nor trained on"
+    )
+    general_probes: bool = Field(True, description="Run our general-ability suite")
+    good_answers: int = Field(300, ge=0, le=100_000, description="How many of the newest good answers must stay good")
+    tasks: tuple[TaskSettings, ...] = ()
+    latency_ratio_at_most: float = Field(
+        3.0, gt=1, le=100, description="Candidate's median seconds an answer against current's"
+    )
+
+    @classmethod
+    def profile(cls, name: str) -> GateSettings:
+        return cls(margin_points={"standard": 2.5, "demo": 8.0}[name])
+
+
+class ApprovalSettings(Strict):
+    allow_unattributed: bool = Field(False, description="Honour MLflow's alias although it names nobody")
+    expires_hours: float = Field(72.0, gt=0, le=8760)
+
+
+class ProjectSettings(Strict):
+    """[[projects]]: one app."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Also the alias that apps ask for")
+    base_dir: Path = Field(description="Local folder of the base model, safetensors")
+    base_name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,120}$", description="The base's served name on every replica"
+    )
+    min_labels: int = Field(8, ge=1, le=1_000_000)
+    schedule: ScheduleSettings = ScheduleSettings()
+    labeling: LabelingSettings = LabelingSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    replay: ReplaySettings = ReplaySettings()
+    gate: GateSettings = GateSettings()
+    approval: ApprovalSettings = ApprovalSettings()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ProjectSettings:
+        if self.base_name == self.name:
+            raise ValueError(
+                f"base_name and name are both {self.name!r}: the alias must differ from the base's served name"
+            )
+        return self

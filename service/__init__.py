@@ -1,0 +1,1 @@
+"""HTTP and processes: the only folder that wires things together."""
