@@ -11,9 +11,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, event, text
+from sqlalchemy import Column, DateTime, Dialect, Enum, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -55,13 +56,18 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{time.time_ns() // 1_000_000:011x}{secrets.token_hex(8)}"
 
 
-def insert_or_nothing(
-    session: AsyncSession, table: type[SQLModel], rows: dict[str, Any] | list[dict[str, Any]]
-) -> Insert:
-    """INSERT ... ON CONFLICT DO NOTHING in the session's dialect: the only form of "once" that we use."""
-    dialect = session.get_bind().dialect.name
-    build = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    return build(table).values(rows).on_conflict_do_nothing()
+def insert_or_nothing(session: AsyncSession, *rows: SQLModel) -> Insert:
+    """INSERT of rows of one table ... ON CONFLICT DO NOTHING, in the session's dialect: our form of "once"."""
+    build = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    return build(type(rows[0])).values([row.model_dump() for row in rows]).on_conflict_do_nothing()
+
+
+def enum_column(kind: type[StrEnum]) -> Any:
+    """Stores the values as plain text: readable in SQL, and a new value needs no migration of a type."""
+    values = Enum(
+        kind, native_enum=False, create_constraint=False, length=32, values_callable=lambda e: [m.value for m in e]
+    )
+    return Column(values, nullable=False)
 
 
 class Database:
@@ -81,7 +87,7 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
-        """One transaction. On SQLite one at a time, taken IMMEDIATE so that a lock shows at the start, not at commit."""
+        """One transaction; on SQLite one at a time, IMMEDIATE: a lock shows at the start, not at commit."""
         with _translated():
             if not self.is_sqlite:
                 async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
@@ -101,7 +107,7 @@ class Database:
 
 
 class _translated:
-    """Turns the driver's "cannot reach, locked, full, read-only" into our retryable error; leaves programming errors."""
+    """Turns the driver's "unreachable, locked, full, read-only" into our retryable error, nothing else."""
 
     def __enter__(self) -> None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import JSON, Column, Index, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
-from labeling.database import UtcDateTime, new_id, now
+from labeling.database import UtcDateTime, enum_column, new_id, now
 
 
 def _json(nullable: bool = False) -> Any:
@@ -88,7 +88,7 @@ class Feedback(SQLModel, table=True):
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
     project: str
-    kind: FeedbackKind
+    kind: FeedbackKind = Field(sa_column=enum_column(FeedbackKind))
     exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
     completion_id: str | None = None
     request_id: str | None = None
@@ -125,7 +125,7 @@ class ReviewItem(SQLModel, table=True):
     severity: float = 0.5
     score: float = 0.0  # 0..1, the higher the sooner a labeller sees it
     held_out: bool = False  # labelled, but never trained on; set at creation, before anyone labels
-    state: ItemState = ItemState.OPEN
+    state: ItemState = Field(default=ItemState.OPEN, sa_column=enum_column(ItemState))
     task_id: int | None = Field(default=None, index=True)
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     pushed_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
@@ -148,7 +148,7 @@ class Annotation(SQLModel, table=True):
     annotation_id: int = Field(primary_key=True)
     item_id: str = Field(foreign_key="review_items.id", index=True)
     annotator: str
-    verdict: Verdict | None = None
+    verdict: str | None = None  # a Verdict, when the labeller chose one
     correction: str | None = None
     must_contain: list[str] = Field(default_factory=list, sa_column=_json())
     cancelled: bool = False
@@ -164,8 +164,8 @@ class Label(SQLModel, table=True):
     item_id: str = Field(primary_key=True, foreign_key="review_items.id")
     id: str = Field(default_factory=lambda: new_id("lb"), unique=True)
     project: str = Field(index=True)
-    state: LabelState
-    verdict: Verdict
+    state: LabelState = Field(sa_column=enum_column(LabelState))
+    verdict: Verdict = Field(sa_column=enum_column(Verdict))
     messages: list[dict[str, Any]] = Field(sa_column=_json())  # exactly what the labeller was shown
     flagged_answer: str
     correction: str | None = None

@@ -1,11 +1,12 @@
-"""The outside systems that one installation's stages may talk to; `service.app` composes them, tests compose their own."""
+"""The outside systems that one installation's stages may talk to; the service composes them, tests their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labeling.database import Database
 from labeling.label_studio import LabelStudioServer
+
+from labeling.database import Database
 from loop.executors import Executor
 from loop.mlflow_registry import Registry
 from loop.object_store import ObjectStore

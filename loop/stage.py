@@ -1,6 +1,7 @@
 """What a stage is: a frozen record of a name, the outputs that it needs, the output that it gives and a function.
 
-A stage writes only into its own folder, never calls another stage and never changes the night's state; `loop.runner` does.
+A stage writes only into its own folder, never calls another stage and never changes the night's state:
+`loop.runner` does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from structlog.stdlib import BoundLogger
 from loop.clients import Clients
 from loop.settings import EngineSettings, ProjectSettings
 from loop.tables import NightState
-
 
 T = TypeVar("T", bound="StageOutput")
 

@@ -1,4 +1,4 @@
-"""A night's states and the only moves between them. Code looks moves up here; the diagram in the docs is drawn from here."""
+"""A night's states and the only moves between them. Code looks moves up here; docs are drawn from here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sources(target: S) -> frozenset[S]:
 
 
 async def move(session: AsyncSession, night_id: str, target: S, **columns: Any) -> None:
-    """UPDATE that names the allowed old states, and its event, in the caller's transaction; WrongState if no row matched."""
+    """UPDATE naming the allowed old states, and its event, in the caller's transaction; no row matched: WrongState."""
     allowed = sources(target)
     finished = {"finished_at": now()} if target in DECISIONS else {}
     result = await session.execute(

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import JSON, Column, Index, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
-from labeling.database import UtcDateTime, new_id, now
+from labeling.database import UtcDateTime, enum_column, new_id, now
 
 
 def _json(nullable: bool = False) -> Any:
@@ -46,7 +46,7 @@ class Night(SQLModel, table=True):
     id: str = Field(primary_key=True, default_factory=lambda: new_id("ni"))
     project: str = Field(index=True)
     date: Date  # the local date of its due time
-    state: NightState = NightState.CLAIMED
+    state: NightState = Field(default=NightState.CLAIMED, sa_column=enum_column(NightState))
     reason: str | None = None
     hint: str | None = None
     current: str | None = None  # what served when it was examined

@@ -65,7 +65,8 @@ class Settings(Strict):
         bases = {(project.base_name, project.base_dir) for project in self.projects}
         if len(bases) > 1:
             raise ValueError(
-                "all projects of one installation share one base model (base_name, base_dir): run another installation for another base"
+                "all projects of one installation share one base model (base_name, base_dir): "
+                "run another installation for another base"
             )
         return self
 
@@ -126,7 +127,7 @@ def _resolve(value: Any, folder: Path, where: str, mistakes: list[str]) -> Any:
         return [_resolve(item, folder, f"{where}.{index}", mistakes) for index, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    resolved = {}
+    resolved: dict[str, Any] = {}
     for key, item in value.items():
         place = f"{where}.{key}" if where else key
         if key in SECRET_KEYS and isinstance(item, str) and item:
