@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from labeling.label_studio import LabelStudioServer
 
 from labeling.database import Database
+from loop.aliases import AliasSwitch
 from loop.executors import Executor
 from loop.mlflow_registry import Registry
 from loop.object_store import ObjectStore
@@ -21,3 +22,4 @@ class Clients:
     objects: ObjectStore
     executor: Executor
     replicas: tuple[Replica, ...]
+    aliases: AliasSwitch

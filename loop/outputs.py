@@ -38,6 +38,7 @@ class Trained(StageOutput):
     adapter_dir: str
     adapter_digest: str
     result: dict[str, Any]  # the trainer's result.json
+    run_id: str  # MLflow's
     seconds: float
 
 

@@ -198,6 +198,15 @@ class ProjectSettings(Strict):
     gate: GateSettings = GateSettings()
     approval: ApprovalSettings = ApprovalSettings()
 
+    @property
+    def base_version(self) -> str:
+        """Version 1 of every project is the base itself."""
+        return f"{self.name}@v1"
+
+    def served_name(self, adapter: str) -> str:
+        """The name under which an engine knows an adapter: the base's own for version 1."""
+        return self.base_name if adapter == self.base_version else adapter
+
     @model_validator(mode="after")
     def _distinct(self) -> ProjectSettings:
         if self.base_name == self.name:

@@ -29,6 +29,12 @@ class StageOutput(BaseModel):
 
 
 @dataclass(frozen=True)
+class Approval:
+    by: str
+    why: str
+
+
+@dataclass(frozen=True)
 class StageContext:
     """All that a stage may use. `folder` is its own, empty, already there."""
 
@@ -42,6 +48,7 @@ class StageContext:
     log: BoundLogger
     progress: Callable[[dict[str, Any]], None]  # shown live and kept in memory only
     inputs: dict[type[StageOutput], StageOutput]
+    approval: Approval | None = None  # there in PROMOTE stages
 
     def take(self, kind: type[T]) -> T:
         """An earlier stage's output, by its type."""

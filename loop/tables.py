@@ -51,6 +51,8 @@ class Night(SQLModel, table=True):
     hint: str | None = None
     current: str | None = None  # what served when it was examined
     candidate: str | None = None
+    approved_by: str | None = None  # a name, or `mlflow (unattributed)`
+    approved_why: str | None = None
     due_at: datetime = Field(sa_column=_time())
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     finished_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))

@@ -1,0 +1,58 @@
+"""The base's own good answers to general prompts, as training rows against forgetting (self-distillation).
+
+Asked once of a replica's base, kept in the data directory under the digests of base and prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from labeling.errors import InvalidInput
+from loop.digests import digest_file, digest_json, read_jsonl, write_jsonl
+from loop.settings import ReplaySettings
+from loop.vllm import Replica
+
+OURS = Path(__file__).parent / "replay_prompts" / "general.jsonl"
+CONCURRENCY = 8
+
+
+class BadPromptsFile(InvalidInput):
+    code = "bad_prompts_file"
+    default_hint = 'Each line must be a JSON object with a text "prompt".'
+
+
+async def base_answers(
+    replica: Replica, base_name: str, base_digest: str, settings: ReplaySettings, data_dir: Path
+) -> list[tuple[str, str]]:
+    """Up to `base_rows` pairs of prompt and the base's greedy answer; cut-off and empty answers are left out."""
+    if settings.base_rows == 0:
+        return []
+    source = settings.prompts_file or OURS
+    prompts = _prompts(source)
+    key = digest_json([base_digest, digest_file(source), settings.base_answer_tokens])
+    kept = data_dir / "cache" / "base_answers" / f"{key.removeprefix('sha256:')[:32]}.jsonl"
+    if not kept.exists():
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        answers = await replica.ask_many(
+            base_name, asked, max_tokens=settings.base_answer_tokens, concurrency=CONCURRENCY
+        )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(
+            kept,
+            [
+                {"prompt": prompt, "answer": answer.text}
+                for prompt, answer in zip(prompts, answers, strict=True)
+                if answer.finish_reason == "stop" and answer.text.strip()
+            ],
+        )
+    return [(row["prompt"], row["answer"]) for row in read_jsonl(kept)][: settings.base_rows]
+
+
+def _prompts(path: Path) -> list[str]:
+    try:
+        return [str(row["prompt"]) for row in read_jsonl(path)]
+    except OSError as error:
+        raise BadPromptsFile(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadPromptsFile(f"{path} is not a list of prompts: {error}") from error

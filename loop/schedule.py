@@ -1,0 +1,78 @@
+"""When a night is due, and the row that claims it. APScheduler holds in-memory jobs only; the claim is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import date as Date
+from datetime import datetime, timedelta
+
+import structlog
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+from sqlmodel import select
+
+from labeling.database import Database, insert_or_nothing, now
+from loop.settings import ProjectSettings, ScheduleSettings
+from loop.tables import Adapter, Night, NightEvent, NightState
+
+log = structlog.get_logger()
+
+
+def latest_due(schedule: ScheduleSettings, at: datetime) -> datetime:
+    """The newest due time not after `at`. A local time that a clock change skips or repeats counts once."""
+    local = at.astimezone(schedule.zone)
+    due = datetime.combine(local.date(), schedule.at, tzinfo=schedule.zone)
+    return due if due <= at else datetime.combine(local.date() - timedelta(days=1), schedule.at, tzinfo=schedule.zone)
+
+
+async def claim(database: Database, project: ProjectSettings, date: Date, due_at: datetime) -> str | None:
+    """The id of the night that this call created; None when that project's night of that date exists already."""
+    night = Night(project=project.name, date=date, due_at=due_at)
+    async with database.write() as session:
+        await session.execute(insert_or_nothing(session, night))
+        kept = (
+            await session.execute(select(Night.id).where(Night.project == project.name, Night.date == date))
+        ).scalar_one()
+        if kept != night.id:
+            return None
+        session.add(NightEvent(night_id=night.id, kind="state", detail={"to": NightState.CLAIMED, "due": str(due_at)}))
+    log.info("night_claimed", project=project.name, date=str(date), night=night.id)
+    return night.id
+
+
+async def claim_due(database: Database, project: ProjectSettings, at: datetime | None = None) -> str | None:
+    due = latest_due(project.schedule, at or now())
+    return await claim(database, project, due.date(), due)
+
+
+async def catch_up(database: Database, project: ProjectSettings) -> str | None:
+    """The latest missed night only, and none that was due before this project was set up."""
+    if not project.schedule.enabled:
+        return None
+    async with database.read() as session:
+        base = (
+            await session.execute(select(Adapter).where(Adapter.project == project.name, Adapter.version == 1))
+        ).scalar_one_or_none()
+    due = latest_due(project.schedule, now())
+    if base is None or base.created_at > due:
+        return None
+    return await claim(database, project, due.date(), due)
+
+
+def build_scheduler(
+    projects: Mapping[str, ProjectSettings],
+    on_due: Callable[[ProjectSettings], Awaitable[None]],
+    every: Mapping[str, tuple[float, Callable[[], Awaitable[None]]]],
+) -> AsyncIOScheduler:
+    """Cron jobs for the nights, intervals for the polls: name -> (seconds, job). Not started here."""
+    # misfire_grace_time: the default of one second silently drops the job of a busy process.
+    scheduler = AsyncIOScheduler(job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1})
+    for project in projects.values():
+        if project.schedule.enabled:
+            at = project.schedule.at
+            trigger = CronTrigger(hour=at.hour, minute=at.minute, second=at.second, timezone=project.schedule.zone)
+            scheduler.add_job(on_due, trigger, args=[project], id=f"night:{project.name}")
+    for name, (seconds, job) in every.items():
+        scheduler.add_job(job, IntervalTrigger(seconds=seconds), id=name, next_run_time=now())
+    return scheduler

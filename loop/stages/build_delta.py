@@ -1,0 +1,109 @@
+"""New labels, older ones and the base's own answers become training rows; the exam items are set apart from them."""
+
+from __future__ import annotations
+
+import json
+
+from labeling.database import insert_or_nothing
+from loop import training_examples as examples
+from loop.adapter_files import base_digest
+from loop.base_answers import base_answers
+from loop.contamination import clean
+from loop.digests import digest_folder, write_jsonl
+from loop.outputs import Delta
+from loop.scoring import ExamItem
+from loop.stage import NightEnds, StageContext
+from loop.tables import LabelUse, NightState
+from loop.vllm import Replica
+
+
+async def run(context: StageContext) -> Delta:
+    project, clients = context.project, context.clients
+    async with clients.database.read() as session:
+        chosen = await examples.choose_labels(session, project.name, project.replay.max_rows)
+        good = await examples.good_answers(session, project.name, project.gate.good_answers)
+    _enough(chosen, project.min_labels)
+    replica = clients.replicas[0]
+    answers = await base_answers(
+        replica, project.base_name, base_digest(project.base_dir), project.replay, context.data_dir
+    )
+    rows = [examples.label_row(label) for label in chosen.trained] + examples.base_rows(answers)
+    held_out = [examples.label_item(label) for label in chosen.held_out]
+    good_items = [examples.good_answer_item(answer) for answer in good]
+    cleaned = clean(rows, held_out + _held_out_file(context), good_items)
+    kept, too_long = await _short_enough(replica, project.base_name, cleaned.kept, project.trainer.max_length)
+    kept_ids = {row["id"] for row in kept}
+    trained = [label for label in chosen.trained if label.id in kept_ids]
+    _write(context, kept, [examples.label_item(label) for label in trained], held_out, good_items)
+    await _record_use(context, chosen, kept_ids)
+    new = sum(label.id in kept_ids for label in chosen.new)
+    return Delta(
+        data_dir=str(context.folder),
+        digest=digest_folder(context.folder),
+        label_ids=tuple(label.id for label in trained),
+        label_rows=new,
+        replay_rows=len(trained) - new,
+        base_rows=sum(row["kind"] == "replay" for row in kept),
+        held_out_items=len(held_out),
+        notes=(*cleaned.dropped, *too_long, *_held_back(chosen)),
+    )
+
+
+def _enough(chosen: examples.ChosenLabels, needed: int) -> None:
+    have = len(chosen.new)
+    if have >= needed:
+        return
+    held = f" ({len(chosen.held_back)} more are held back after a rejected night)" if chosen.held_back else ""
+    raise NightEnds(
+        NightState.SKIPPED,
+        f"{have} new labels{held}; {needed} are needed: {needed - have} more",
+        "Label more items, lower `min_labels`, or confirm held labels with `nightschool labels confirm`.",
+    )
+
+
+def _held_back(chosen: examples.ChosenLabels) -> tuple[str, ...]:
+    if not chosen.held_back:
+        return ()
+    return (f"{len(chosen.held_back)} labels of a rejected night are held back until a person confirms them",)
+
+
+def _held_out_file(context: StageContext) -> list[ExamItem]:
+    path = context.project.gate.held_out_file
+    return held_out_items(path) if path else []
+
+
+def _write(
+    context: StageContext,
+    rows: list[examples.Row],
+    trained: list[ExamItem],
+    held_out: list[ExamItem],
+    good: list[ExamItem],
+) -> None:
+    write_jsonl(context.folder / "train.jsonl", rows)
+    for name, items in (("trained", trained), ("held_out", held_out), ("good_answers", good)):
+        write_jsonl(context.folder / f"{name}.jsonl", [json.loads(item.model_dump_json()) for item in items])
+
+
+async def _short_enough(
+    replica: Replica, base_name: str, rows: list[examples.Row], max_length: int
+) -> tuple[list[examples.Row], tuple[str, ...]]:
+    """Counts tokens with the engine's own template; a row that is too long is left out and named, never cut."""
+    lengths = await replica.count_tokens(base_name, [row["messages"] for row in rows])
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_length]
+    notes = tuple(
+        f"{row['id']} left out: {length} tokens, more than max_length {max_length}"
+        for row, length in zip(rows, lengths, strict=True)
+        if length > max_length
+    )
+    return kept, notes
+
+
+async def _record_use(context: StageContext, chosen: examples.ChosenLabels, kept: set[str]) -> None:
+    uses = [
+        LabelUse(night_id=context.night_id, label_id=label.id, item_id=label.item_id, role=role)
+        for role, labels in (("new", chosen.new), ("replay", chosen.replay), ("held_out", chosen.held_out))
+        for label in labels
+        if role == "held_out" or label.id in kept
+    ]
+    async with context.clients.database.write() as session:
+        await session.execute(insert_or_nothing(session, *uses))

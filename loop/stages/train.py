@@ -1,0 +1,97 @@
+"""Starts the trainer as a child process with the spec, shows its progress in MLflow, and digests what came out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from loop.adapter_files import check, read_base_config
+from loop.outputs import Delta, Preflight, Trained
+from loop.stage import StageContext
+from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
+
+LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes")
+
+
+async def run(context: StageContext) -> Trained:
+    started = time.monotonic()
+    spec = _own_spec(context)
+    _take_over_checkpoint(context.folder)
+    registry = context.clients.registry
+    run_id = await registry.start_run(
+        context.project.name, context.night_id, f"{context.project.name} {context.date}", _parameters(context, spec)
+    )
+
+    async def show(line: dict[str, Any]) -> None:
+        context.progress(line)
+        metrics = {key: float(line[key]) for key in LOGGED if line.get(key) is not None}
+        await registry.log_metrics(run_id, metrics, step=int(line["step"]))
+
+    await context.clients.executor.run(
+        f"loop.trainers.{context.project.trainer.backend}",
+        context.folder / "spec.json",
+        on_progress=show,
+        log_path=context.folder / "trainer.log",
+        python=context.project.trainer.python,
+    )
+    result = read_result(Path(spec.out_dir) / "result.json")
+    adapter_dir = Path(spec.out_dir) / "adapter"
+    files = check(
+        adapter_dir,
+        read_base_config(context.project.base_dir),
+        max_rank=context.engine.max_lora_rank,
+        target_modules=context.project.trainer.target_modules,
+    )
+    _prune(Path(spec.out_dir))
+    return Trained(
+        adapter_dir=str(adapter_dir),
+        adapter_digest=files.digest,
+        result=result.model_dump(mode="json"),
+        run_id=run_id,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _own_spec(context: StageContext) -> TrainSpec:
+    """The preflight's spec, writing into this stage's folder."""
+    spec = read_spec(Path(context.take(Preflight).spec_path))
+    spec = spec.model_copy(update={"out_dir": str(context.folder / "out")})
+    write_spec(context.folder / "spec.json", spec)
+    return spec
+
+
+def _take_over_checkpoint(folder: Path) -> None:
+    """An earlier, killed attempt's checkpoints become ours by hard link: its folder stays as that worker left it."""
+    stage = folder.name.rpartition(".")[0]
+    earlier = [p for p in folder.parent.glob(f"{stage}.*") if p.name != folder.name and (p / "out").is_dir()]
+    if (folder / "out").exists() or not earlier:
+        return
+    newest = max(earlier, key=lambda p: int(p.name.rpartition(".")[2]))
+    shutil.copytree(newest / "out", folder / "out", copy_function=os.link)
+
+
+def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
+    delta = context.take(Delta)
+    recipe = {f"{part}.{key}": value for part in ("lora", "schedule") for key, value in getattr(spec, part)}
+    return {
+        "backend": context.project.trainer.backend,
+        "quantisation": spec.quantisation,
+        "seed": str(spec.seed),
+        "base": spec.base_name,
+        "base_digest": spec.base_digest,
+        "data_digest": delta.digest,
+        "label_rows": str(delta.label_rows),
+        "replay_rows": str(delta.replay_rows),
+        "base_rows": str(delta.base_rows),
+        **{key: str(value) for key, value in recipe.items()},
+    }
+
+
+def _prune(out_dir: Path) -> None:
+    """Checkpoints carry optimizer state, several times the adapter: gone once the result stands."""
+    for folder in out_dir.iterdir():
+        if folder.is_dir() and folder.name != "adapter":
+            shutil.rmtree(folder)

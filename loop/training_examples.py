@@ -1,0 +1,120 @@
+"""Which labels a night trains on, and the rows and exam items that they become. Templates are the trainer's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from labeling.agreement import labels_ready
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col, select
+
+from labeling.tables import GoodAnswer, Label, ReviewItem
+from loop.scoring import ExamItem
+from loop.tables import Adapter, LabelUse, Night, Serving
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChosenLabels:
+    """`new`: not in the adapter that serves. `replay`: older ones, trained again against forgetting."""
+
+    new: tuple[Label, ...]
+    replay: tuple[Label, ...]
+    held_out: tuple[Label, ...]  # never trained on; examined
+    held_back: tuple[Label, ...]  # of a REJECTED night, until a person confirms them
+
+    @property
+    def trained(self) -> tuple[Label, ...]:
+        return self.new + self.replay
+
+
+async def choose_labels(session: AsyncSession, project: str, replay_max_rows: int) -> ChosenLabels:
+    ready = await labels_ready(session, project)
+    used = await _used_by_current(session, project)
+    held = await _held(session, project)
+    trainable = [label for label in ready if not label.held_out]
+    free = [label for label in trainable if label.id not in held]
+    new = [label for label in free if label.id not in used or label.updated_at > used[label.id].created_at]
+    newest = {label.id for label in new}
+    older = sorted((label for label in free if label.id not in newest), key=_shuffled)
+    return ChosenLabels(
+        new=tuple(new),
+        replay=tuple(older[:replay_max_rows]),
+        held_out=tuple(label for label in ready if label.held_out),
+        held_back=tuple(label for label in trainable if label.id in held),
+    )
+
+
+def _shuffled(label: Label) -> str:
+    """A fixed order without favour: which older labels are replayed must not depend on their age."""
+    return hashlib.sha256(label.id.encode()).hexdigest()
+
+
+async def _used_by_current(session: AsyncSession, project: str) -> dict[str, Night]:
+    """Label id -> the night of the serving adapter that trained on it."""
+    serving = await session.get(Serving, project)
+    adapter = await session.get(Adapter, serving.current) if serving else None
+    if adapter is None or adapter.night_id is None:
+        return {}
+    night = await session.get(Night, adapter.night_id)
+    assert night is not None
+    uses = await session.execute(
+        select(LabelUse.label_id).where(LabelUse.night_id == adapter.night_id, LabelUse.role != "held_out")
+    )
+    return dict.fromkeys(uses.scalars(), night)
+
+
+async def _held(session: AsyncSession, project: str) -> set[str]:
+    rows = await session.execute(
+        select(LabelUse.label_id)
+        .join(Night, col(Night.id) == col(LabelUse.night_id))
+        .where(col(Night.project) == project, col(LabelUse.held).is_(True))
+    )
+    return set(rows.scalars())
+
+
+async def good_answers(session: AsyncSession, project: str, limit: int) -> list[GoodAnswer]:
+    """The newest good answers, less those whose prompt a labeller has corrected since."""
+    corrected = {label.item_id for label in await labels_ready(session, project)}
+    digests = select(ReviewItem.prompt_digest).where(col(ReviewItem.id).in_(corrected))
+    rows = await session.execute(
+        select(GoodAnswer)
+        .where(col(GoodAnswer.project) == project, col(GoodAnswer.prompt_digest).not_in(digests))
+        .order_by(col(GoodAnswer.created_at).desc(), col(GoodAnswer.id))
+        .limit(limit)
+    )
+    return list(rows.scalars())
+
+
+def label_row(label: Label) -> Row:
+    """A conversational row whose last message, the correction, alone carries the loss."""
+    assert label.correction is not None
+    return {
+        "id": label.id,
+        "messages": [*label.messages, {"role": "assistant", "content": label.correction}],
+        "kind": "label",
+    }
+
+
+def base_rows(answers: Iterable[tuple[str, str]]) -> list[Row]:
+    """(prompt, the base's own answer) pairs: rows that hold the model where it was."""
+    return [
+        {
+            "id": f"base_{index:05d}",
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            "kind": "replay",
+        }
+        for index, (prompt, answer) in enumerate(answers)
+    ]
+
+
+def label_item(label: Label) -> ExamItem:
+    return ExamItem(id=label.id, messages=label.messages, reference=label.correction, must_contain=label.must_contain)
+
+
+def good_answer_item(good: GoodAnswer) -> ExamItem:
+    return ExamItem(id=good.id, messages=good.messages, reference=good.answer, must_contain=good.must_contain)

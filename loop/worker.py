@@ -1,0 +1,177 @@
+"""The background half: claims nights when due, runs them in turn, polls labels and the registry, reconciles.
+
+Everything it does is also true after a crash: what it had begun stands in the database and is taken up at the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import structlog
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from labeling.feedback import fold
+from labeling.pull import pull
+from labeling.push import push
+from sqlmodel import col, select
+
+from labeling.errors import NightschoolError
+from loop import projects, promotion, reconcile, schedule
+from loop.runner import Runner
+from loop.settings import MlflowSettings, ProjectSettings
+from loop.stage import Approval
+from loop.tables import Night, NightState
+
+log = structlog.get_logger()
+RECONCILE_SECONDS = 5.0
+
+
+@dataclass
+class Worker:
+    runner: Runner
+    mlflow: MlflowSettings
+    scheduler: AsyncIOScheduler | None = None
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[object]] = field(default_factory=set)
+    _promoting: set[str] = field(default_factory=set)
+    _prepared: set[str] = field(default_factory=set)
+
+    async def start(self) -> None:
+        """Prepares the projects, catches up on the latest missed night and starts the jobs."""
+        clients, configured = self.runner.clients, self.runner.projects
+        for project in configured.values():
+            await self._prepare(project)
+            await schedule.catch_up(clients.database, project)
+        every = {
+            "registry": (self.mlflow.poll_seconds, self.poll_registry),
+            "reconcile": (RECONCILE_SECONDS, self.reconcile),
+        }
+        for project in configured.values():
+            every[f"labels:{project.name}"] = (project.labeling.poll_seconds, _Sync(self, project))
+        self.scheduler = schedule.build_scheduler(configured, self._due, every)
+        self.scheduler.start()
+        self._spawn(self._nights(), "nights")
+        await self._resume_promotions()
+
+    async def stop(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.shutdown(wait=False)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def wake(self) -> None:
+        """There may be a claimed night to run."""
+        self._wake.set()
+
+    def approve(self, night_id: str, approval: Approval) -> None:
+        """Starts PROMOTE in the background; a second request for the same night does nothing."""
+        if night_id not in self._promoting:
+            self._promoting.add(night_id)
+            self._spawn(self._promote(night_id, approval), f"promote {night_id}")
+
+    async def sync_labels(self, project: ProjectSettings) -> None:
+        """Feedback folded, tasks pushed, annotations pulled; an outside system that is down is tried again later."""
+        clients = self.runner.clients
+        try:
+            await fold(clients.database, project.name, project.labeling)
+            await push(clients.database, clients.label_studio, project.name, project.labeling)
+            await pull(clients.database, clients.label_studio, project.name, project.labeling)
+        except NightschoolError as error:
+            log.warning("labels_not_synced", project=project.name, code=error.code, reason=str(error), hint=error.hint)
+
+    async def poll_registry(self) -> None:
+        for project in self.runner.projects.values():
+            try:
+                if await self._prepare(project):
+                    await self._obey(project)
+            except NightschoolError as error:
+                log.warning("registry_not_read", project=project.name, code=error.code, reason=str(error))
+
+    async def _obey(self, project: ProjectSettings) -> None:
+        request = await promotion.read_request(self.runner.clients, project)
+        if isinstance(request, promotion.ApprovalRequest):
+            self.approve(request.night_id, Approval(request.by, request.why))
+        elif isinstance(request, promotion.RollBackRequest):
+            await promotion.roll_back(self.runner.clients, project, by=request.by, why=request.why, to=request.to)
+
+    async def reconcile(self) -> None:
+        for project in self.runner.projects.values():
+            try:
+                await reconcile.reconcile(self.runner.clients, project)
+            except NightschoolError as error:
+                log.warning("replicas_not_reconciled", project=project.name, code=error.code, reason=str(error))
+
+    async def _prepare(self, project: ProjectSettings) -> bool:
+        if project.name in self._prepared:
+            return True
+        try:
+            await projects.prepare(self.runner.clients, project)
+        except NightschoolError as error:
+            log.warning(
+                "project_not_prepared", project=project.name, code=error.code, reason=str(error), hint=error.hint
+            )
+            return False
+        self._prepared.add(project.name)
+        return True
+
+    async def _due(self, project: ProjectSettings) -> None:
+        await schedule.claim_due(self.runner.clients.database, project)
+        self.wake()
+
+    async def _nights(self) -> None:
+        """Claimed and interrupted nights, the oldest first; a look every few seconds finds other processes' claims."""
+        while True:
+            self._wake.clear()
+            try:
+                for night_id in await self._waiting(NightState.CLAIMED, NightState.RUNNING):
+                    await self.runner.examine(night_id)
+            except NightschoolError as error:
+                log.warning("nights_not_run", code=error.code, reason=str(error), hint=error.hint)
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout=5)
+            except TimeoutError:
+                continue
+
+    async def _resume_promotions(self) -> None:
+        for night_id in await self._waiting(NightState.PROMOTING):
+            self._promoting.add(night_id)
+            self._spawn(self._promote(night_id, None), f"promote {night_id}")
+
+    async def _promote(self, night_id: str, approval: Approval | None) -> None:
+        try:
+            await self.runner.promote(night_id, approval)
+        except NightschoolError as error:
+            log.warning("not_promoted", night=night_id, code=error.code, reason=str(error), hint=error.hint)
+        finally:
+            self._promoting.discard(night_id)
+
+    async def _waiting(self, *states: NightState) -> list[str]:
+        async with self.runner.clients.database.read() as session:
+            rows = await session.execute(
+                select(Night.id)
+                .where(col(Night.state).in_(states), col(Night.project).in_(list(self.runner.projects)))
+                .order_by(col(Night.due_at), col(Night.created_at))
+            )
+            return list(rows.scalars())
+
+    def _spawn(self, work: object, name: str) -> None:
+        task: asyncio.Task[object] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]  # coroutines only
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background_task_died", task=task.get_name(), exc_info=task.exception())
+
+
+@dataclass(frozen=True)
+class _Sync:
+    """One project's label sync as a job of no arguments."""
+
+    worker: Worker
+    project: ProjectSettings
+
+    async def __call__(self) -> None:
+        await self.worker.sync_labels(self.project)

@@ -1,0 +1,203 @@
+"""The command line: parses, then imports the one module that does the work, which keeps `--help` instant."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from labeling.errors import NightschoolError
+
+SettingsPath = Annotated[Path, typer.Option("--settings", "-s", help="The installation's nightschool.toml.")]
+Project = Annotated[str | None, typer.Option("--project", "-p", help="Which project; needed only when there are several.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Why = Annotated[str, typer.Option("--why", help="Stands in the record of promotions.")]
+DEFAULT = Path("nightschool.toml")
+
+app = typer.Typer(
+    name="nightschool",
+    help="Active-learning continuous fine-tuning: yesterday's flagged answers, right in production tomorrow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+night = typer.Typer(help="Run a night, or see how one went.", no_args_is_help=True)
+keys = typer.Typer(help="API keys: made once, shown once, revoked.", no_args_is_help=True)
+labels = typer.Typer(help="Labels held back after a rejected night.", no_args_is_help=True)
+app.add_typer(night, name="night")
+app.add_typer(keys, name="keys")
+app.add_typer(labels, name="labels")
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in two lines on stderr and exit code 1, never in a traceback."""
+    try:
+        app()
+    except NightschoolError as error:
+        print(f"nightschool: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _call(where: str, *args: Any, **kwargs: Any) -> None:
+    module, _, function = where.partition(":")
+    getattr(import_module(f"service.{module}"), function)(*args, **kwargs)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write nightschool.toml.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented nightschool.toml."""
+    _call("commands.init:run", folder, force=force)
+
+
+@app.command()
+def doctor(settings: SettingsPath = DEFAULT, as_json: AsJson = False) -> None:
+    """Check settings, disk, database, engines, Label Studio, MLflow and archive; say the cure for each trouble."""
+    _call("commands.doctor:run", settings, as_json=as_json)
+
+
+@app.command()
+def up(settings: SettingsPath = DEFAULT) -> None:
+    """Everything on one machine: managed servers, HTTP and the nightly worker, until Ctrl-C."""
+    _call("commands.up:up", settings)
+
+
+@app.command()
+def serve(settings: SettingsPath = DEFAULT) -> None:
+    """HTTP only: gateway, feedback, API. Needs PostgreSQL; run `work` beside it."""
+    _call("commands.up:serve", settings)
+
+
+@app.command()
+def work(settings: SettingsPath = DEFAULT) -> None:
+    """The nightly worker only. Needs PostgreSQL."""
+    _call("commands.up:work", settings)
+
+
+@night.command("run")
+def night_run(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; default: the latest due date.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest FAILED night.")] = False,
+) -> None:
+    """Claim a night as the scheduler does and run it to its decision."""
+    _call("commands.night:run", settings, project=project, date=date, resume=resume)
+
+
+@night.command("show")
+def night_show(
+    night_id: Annotated[str | None, typer.Argument(help="Default: the newest.")] = None,
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a night decided, why, what it cost and what to do."""
+    _call("commands.night:show", settings, night_id, project=project, as_json=as_json)
+
+
+@app.command()
+def approve(
+    night_id: Annotated[str | None, typer.Argument(help="Default: the one that awaits approval.")] = None,
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    why: Why = "",
+) -> None:
+    """Promote a passed candidate onto every replica."""
+    _call("commands.night:approve", settings, night_id, project=project, why=why)
+
+
+@app.command()
+def refuse(
+    night_id: Annotated[str | None, typer.Argument(help="Default: the one that awaits approval.")] = None,
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    why: Why = "",
+) -> None:
+    """Decline a passed candidate; what serves stays."""
+    _call("commands.night:refuse", settings, night_id, project=project, why=why)
+
+
+@app.command()
+def rollback(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    to: Annotated[str | None, typer.Option(help="Adapter; default: the previous one.")] = None,
+    why: Why = "",
+) -> None:
+    """Serve the previous adapter again, within seconds."""
+    _call("commands.night:rollback", settings, project=project, to=to, why=why)
+
+
+@labels.command("held")
+def labels_held(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """List labels that a rejected night used."""
+    _call("commands.labels:held", settings, project=project, as_json=as_json)
+
+
+@labels.command("confirm")
+def labels_confirm(
+    label_ids: Annotated[list[str], typer.Argument(help="Label ids from `labels held`.")],
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+) -> None:
+    """Let held labels into training again: a person has looked at them."""
+    _call("commands.labels:confirm", settings, label_ids, project=project)
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="Who or what will use it.")],
+    scopes: Annotated[str, typer.Option(help="Comma-separated: feedback, inference, read, approve, admin.")],
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key; it is shown this once."""
+    _call("commands.keys:create", settings, name, scopes=scopes, project=project, as_json=as_json)
+
+
+@keys.command("list")
+def keys_list(settings: SettingsPath = DEFAULT, as_json: AsJson = False) -> None:
+    """Names, scopes and ages; never the keys."""
+    _call("commands.keys:show", settings, as_json=as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(help="The id from `keys list`.")], settings: SettingsPath = DEFAULT
+) -> None:
+    """End a key now."""
+    _call("commands.keys:revoke", settings, key_id)
+
+
+@app.command()
+def demo(
+    company: Annotated[Path | None, typer.Option(help="A folder like service/demo_company.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the summary JSON here.")] = None,
+    leave: Annotated[bool, typer.Option("--exit", help="End when the play is over instead of staying up.")] = False,
+    data_dir: Annotated[Path, typer.Option(help="Where the demo keeps its state.")] = Path("demo-data"),
+    quantisation: Annotated[str, typer.Option(help="nf4 or none: how night 1 holds the base while it trains.")] = "nf4",
+    nights: Annotated[int, typer.Option(min=1, max=2, help="2: also the night with bad labels.")] = 2,
+) -> None:
+    """One day and two nights on real components, played in front of you."""
+    _call(
+        "demo.play:run",
+        company=company,
+        report=report,
+        leave=leave,
+        data_dir=data_dir,
+        quantisation=quantisation,
+        nights=nights,
+    )
+
+
+if __name__ == "__main__":
+    main()
