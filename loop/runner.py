@@ -153,7 +153,7 @@ class Runner:
         approval = Approval(fresh.approved_by, fresh.approved_why or "") if fresh.approved_by else None
         return StageContext(
             night_id=night.id,
-            project=self.projects[night.project],
+            project=self._recipe(night),
             engine=self.engine,
             date=night.date,
             folder=folder,
@@ -164,6 +164,11 @@ class Runner:
             inputs=dict(outputs),
             approval=approval,
         )
+
+    def _recipe(self, night: Night) -> ProjectSettings:
+        """The project's settings with this night's own trainer settings, checked when it was claimed."""
+        project = self.projects[night.project]
+        return project.model_copy(update={"trainer": project.trainer.with_recipe(night.recipe)})
 
     async def _mark(
         self, stage: Stage, night_id: str, folder: Path, lease_name: str, token: int, seconds: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import date as Date
 from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -26,9 +27,16 @@ def latest_due(schedule: ScheduleSettings, at: datetime) -> datetime:
     return due if due <= at else datetime.combine(local.date() - timedelta(days=1), schedule.at, tzinfo=schedule.zone)
 
 
-async def claim(database: Database, project: ProjectSettings, date: Date, due_at: datetime) -> str | None:
+async def claim(
+    database: Database,
+    project: ProjectSettings,
+    date: Date,
+    due_at: datetime,
+    recipe: Mapping[str, Any] | None = None,
+) -> str | None:
     """The id of the night that this call created; None when that project's night of that date exists already."""
-    night = Night(project=project.name, date=date, due_at=due_at)
+    project.trainer.with_recipe(recipe or {})
+    night = Night(project=project.name, date=date, due_at=due_at, recipe=dict(recipe or {}))
     async with database.write() as session:
         await session.execute(insert_or_nothing(session, night))
         kept = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import time
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -125,6 +127,10 @@ class TrainerSettings(Strict):
     )
     kl_weight: float = Field(1.0, ge=0, le=100)
     hours_allowed: float = Field(8.0, gt=0, le=168)
+
+    def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
+        """These settings with some replaced, checked like any others."""
+        return TrainerSettings.model_validate({**self.model_dump(), **recipe})
 
 
 class ReplaySettings(Strict):

@@ -53,6 +53,7 @@ class Night(SQLModel, table=True):
     candidate: str | None = None
     approved_by: str | None = None  # a name, or `mlflow (unattributed)`
     approved_why: str | None = None
+    recipe: dict[str, Any] = Field(default_factory=dict, sa_column=_json())  # trainer settings of this night alone
     due_at: datetime = Field(sa_column=_time())
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     finished_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))

@@ -10,13 +10,7 @@ from loop.adapter_files import base_digest
 from loop.outputs import Delta, Preflight
 from loop.settings import ProjectSettings
 from loop.stage import StageContext
-from loop.trainers.spec import (
-    Lengths,
-    Lora,
-    Schedule,
-    TrainSpec,
-    write_spec,
-)
+from loop.trainers.spec import render, write_spec
 
 SPARE_BYTES = 500_000_000  # logs, evaluation samples and the registry's copy of a small adapter
 
@@ -35,9 +29,16 @@ async def run(context: StageContext) -> Preflight:
         _room(context.data_dir, project.base_dir),
         *[await _served(context, index, digest) for index in range(len(context.clients.replicas))],
     ]
-    spec = _spec(project, delta, digest, context.folder)
     path = context.folder / "spec.json"
-    write_spec(path, spec)
+    spec = render(
+        project.trainer,
+        base_dir=project.base_dir.resolve(),
+        base_name=project.base_name,
+        base_digest=digest,
+        data_dir=Path(delta.data_dir),
+        out_dir=context.folder / "out",
+    )
+    write_spec(spec, path)
     return Preflight(spec_path=str(path), base_digest=digest, checks=tuple(checks))
 
 
@@ -81,31 +82,3 @@ async def _served(context: StageContext, index: int, digest: str) -> str:
             hint="Point projects.base_dir at the folder that vLLM serves, or start vLLM from base_dir.",
         )
     return f"{replica.url} serves {name} with the same bytes"
-
-
-def _spec(project: ProjectSettings, delta: Delta, digest: str, folder: Path) -> TrainSpec:
-    t = project.trainer
-    return TrainSpec(
-        base_dir=str(project.base_dir.resolve()),
-        base_name=project.base_name,
-        base_digest=digest,
-        data_dir=delta.data_dir,
-        quantisation=t.quantisation,
-        lora=Lora(rank=t.rank, alpha=t.alpha, dropout=t.dropout, target_modules=t.target_modules),
-        schedule=Schedule(
-            learning_rate=t.learning_rate,
-            epochs=t.epochs,
-            max_steps=t.max_steps,
-            batch_size=t.batch_size,
-            warmup_share=t.warmup_share,
-            scheduler=t.scheduler,
-            max_grad_norm=t.max_grad_norm,
-            save_steps=t.save_steps,
-            replay_loss=t.replay_loss,
-            kl_weight=t.kl_weight,
-        ),
-        lengths=Lengths(max_length=t.max_length),
-        seed=t.seed,
-        threads=t.threads,
-        out_dir=str(folder / "out"),
-    )

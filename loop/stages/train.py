@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from labeling.errors import Unavailable
 from loop.adapter_files import check, read_base_config
 from loop.outputs import Delta, Preflight, Trained
 from loop.stage import StageContext
@@ -24,30 +26,36 @@ async def run(context: StageContext) -> Trained:
     run_id = await registry.start_run(
         context.project.name, context.night_id, f"{context.project.name} {context.date}", _parameters(context, spec)
     )
+    lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
-    async def show(line: dict[str, Any]) -> None:
+    def show(line: dict[str, Any]) -> None:
         context.progress(line)
-        metrics = {key: float(line[key]) for key in LOGGED if line.get(key) is not None}
-        await registry.log_metrics(run_id, metrics, step=int(line["step"]))
+        lines.put_nowait(line)
 
-    await context.clients.executor.run(
-        f"loop.trainers.{context.project.trainer.backend}",
-        context.folder / "spec.json",
-        on_progress=show,
-        log_path=context.folder / "trainer.log",
-        python=context.project.trainer.python,
-    )
-    result = read_result(Path(spec.out_dir) / "result.json")
-    adapter_dir = Path(spec.out_dir) / "adapter"
+    logging = asyncio.create_task(_log_metrics(context, run_id, lines), name="training metrics")
+    try:
+        await context.clients.executor.run(
+            f"loop.trainers.{context.project.trainer.backend}",
+            context.folder / "spec.json",
+            on_progress=show,
+            log_path=context.folder / "trainer.log",
+            environment={},
+            python=context.project.trainer.python,
+        )
+    finally:
+        lines.put_nowait({})
+        await logging
+    result = read_result(spec.out_dir)
+    assert result is not None, "the executor raises unless the trainer ended well, and that writes the result"
     files = check(
-        adapter_dir,
+        spec.out_dir / "adapter",
         read_base_config(context.project.base_dir),
         max_rank=context.engine.max_lora_rank,
         target_modules=context.project.trainer.target_modules,
     )
-    _prune(Path(spec.out_dir))
+    _prune(spec.out_dir)
     return Trained(
-        adapter_dir=str(adapter_dir),
+        adapter_dir=str(spec.out_dir / "adapter"),
         adapter_digest=files.digest,
         result=result.model_dump(mode="json"),
         run_id=run_id,
@@ -55,11 +63,21 @@ async def run(context: StageContext) -> Trained:
     )
 
 
+async def _log_metrics(context: StageContext, run_id: str, lines: asyncio.Queue[dict[str, Any]]) -> None:
+    """Live in MLflow, a line at a time, until an empty line. A registry that is down costs curves, not the training."""
+    while line := await lines.get():
+        metrics = {key: float(line[key]) for key in LOGGED if line.get(key) is not None}
+        try:
+            await context.clients.registry.log_metrics(run_id, metrics, step=int(line["step"]))
+        except Unavailable as error:
+            context.log.warning("metrics_not_logged", step=line["step"], reason=str(error))
+
+
 def _own_spec(context: StageContext) -> TrainSpec:
     """The preflight's spec, writing into this stage's folder."""
     spec = read_spec(Path(context.take(Preflight).spec_path))
-    spec = spec.model_copy(update={"out_dir": str(context.folder / "out")})
-    write_spec(context.folder / "spec.json", spec)
+    spec = spec.model_copy(update={"out_dir": context.folder / "out"})
+    write_spec(spec, context.folder / "spec.json")
     return spec
 
 
