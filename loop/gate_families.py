@@ -1,0 +1,135 @@
+"""What the gate looks at: families of paired scores, and each one's line of numbers. Rules stand in `loop.gate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from loop import gate_statistics as statistics
+from loop.settings import GateSettings
+
+FLAGGED = ("trained", "held_out")
+POOL = "pool"
+MODELS = ("base", "current", "candidate")
+
+
+@dataclass(frozen=True)
+class PairedItem:
+    """One item's scores, 0..1, of the three models."""
+
+    id: str
+    base: float
+    current: float
+    candidate: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """All items of one family; `silent` names the models that gave nothing but empty answers."""
+
+    name: str
+    items: tuple[PairedItem, ...]
+    silent: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return len(self.items)
+
+    @property
+    def lost(self) -> int:
+        return sum(item.candidate < item.current for item in self.items)
+
+    @property
+    def won(self) -> int:
+        return sum(item.candidate > item.current for item in self.items)
+
+    @property
+    def losses(self) -> list[float]:
+        return [item.current - item.candidate for item in self.items]
+
+    @property
+    def graded(self) -> bool:
+        return any(score not in {0.0, 1.0} for item in self.items for score in (item.current, item.candidate))
+
+    def mean(self, model: str) -> float:
+        return sum(getattr(item, model) for item in self.items) / self.n if self.n else math.nan
+
+
+@dataclass(frozen=True)
+class FamilyVerdict:
+    """One line of the report's table. p-values are one-sided; `loss_bound` is the upper bound, a fraction."""
+
+    name: str
+    n: int
+    base: float
+    current: float
+    candidate: float
+    lost: int
+    won: int
+    p_loss: float
+    p_loss_holm: float
+    p_gain: float
+    loss_bound: float
+    bound_by: str  # gain: it gained | own: this line's bound must be below the margin | pool: the pool's must
+    needed: int | None = None  # about how many more items decide it, where its bound leaves that open
+
+
+def examine(families: Sequence[Family], settings: GateSettings) -> list[FamilyVerdict]:
+    """A line a family and one of the pool: all that did not gain (docs/decisions/0002-gate-pooling.md says why)."""
+    lines = [_line(family, settings) for family in families]
+    rest = [family for family, line in zip(families, lines, strict=True) if line.bound_by != "gain"]
+    if len(rest) == 1:
+        lines = [replace(line, bound_by="own") if line.name == rest[0].name else line for line in lines]
+    elif rest:
+        lines.append(replace(_line(_pool(rest), settings), bound_by="own"))
+    adjusted = statistics.holm([line.p_loss for line in lines])
+    return [_with_needed(replace(line, p_loss_holm=p), settings) for line, p in zip(lines, adjusted, strict=True)]
+
+
+def is_open(line: FamilyVerdict, settings: GateSettings) -> bool:
+    """Its loss can't be said to be below the margin."""
+    return line.bound_by == "own" and not line.loss_bound < settings.margin_points / 100
+
+
+def _pool(families: Sequence[Family]) -> Family:
+    return Family(
+        POOL, tuple(replace(item, id=f"{family.name}/{item.id}") for family in families for item in family.items)
+    )
+
+
+def _line(family: Family, settings: GateSettings) -> FamilyVerdict:
+    p_loss, p_gain, bound = _tests(family, settings.alpha)
+    own = family.n >= statistics.standalone_items(settings.margin_points / 100, settings.alpha)
+    return FamilyVerdict(
+        name=family.name,
+        n=family.n,
+        base=family.mean("base"),
+        current=family.mean("current"),
+        candidate=family.mean("candidate"),
+        lost=family.lost,
+        won=family.won,
+        p_loss=p_loss,
+        p_loss_holm=p_loss,
+        p_gain=p_gain,
+        loss_bound=bound,
+        bound_by="gain" if p_gain <= settings.alpha else "own" if own else "pool",
+    )
+
+
+def _tests(family: Family, alpha: float) -> tuple[float, float, float]:
+    """p of a loss, p of a gain, upper bound of the loss."""
+    if not family.graded:
+        lost, won = family.lost, family.won
+        bound = statistics.loss_upper_bound(lost, won, family.n, alpha)
+        return statistics.mcnemar_loss(lost, won), statistics.mcnemar_gain(lost, won), bound
+    losses = family.losses
+    bound = statistics.graded_loss_upper_bound(losses, alpha)
+    return statistics.permutation_loss(losses), statistics.permutation_loss([-x for x in losses]), bound
+
+
+def _with_needed(line: FamilyVerdict, settings: GateSettings) -> FamilyVerdict:
+    if not is_open(line, settings):
+        return line
+    margin = settings.margin_points / 100
+    return replace(line, needed=statistics.items_that_decide(line.lost, line.won, line.n, margin, settings.alpha))
