@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,13 @@ from jsonschema.exceptions import SchemaError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labeling.errors import InvalidInput
+from labeling.wording import folded, stands_in
 from loop.digests import read_jsonl
 from loop.settings import Scoring
 
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
-TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-"})
 EDGES = " \t\n.,;:!?\"'"
 
 
@@ -95,24 +94,6 @@ def held_out_items(path: Path) -> list[ExamItem]:
     return list(items.values())
 
 
-def normalised(text: str) -> str:
-    """NFKC, case folded, typographic quotes and dashes plain, white space single."""
-    return " ".join(unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY).casefold().split())
-
-
-def contains(answer: str, wanted: str) -> bool:
-    """`wanted`, with any of its "a|b" alternatives, as whole words: "5" stands neither in "15" nor in "3.5"."""
-    text = normalised(answer)
-    alternatives = [normalised(part).strip(EDGES) for part in wanted.split("|")]
-    return any(re.search(_bounded(part), text) for part in alternatives if part)
-
-
-def _bounded(part: str) -> str:
-    before = r"(?<!\w)(?<!\d[.,])" if part[0].isalnum() else ""
-    after = r"(?!\w)(?![.,]\d)" if part[-1].isalnum() else ""
-    return f"{before}{re.escape(part)}{after}"
-
-
 def chrf(answer: str, reference: str) -> float:
     """chrF2, 0..1: F-score (beta 2) of character 1- to 6-grams without spaces (Popovic 2015; as sacrebleu's)."""
     hypothesis, target = "".join(answer.split()), "".join(reference.split())
@@ -142,12 +123,12 @@ def _reference(item: ExamItem, scoring: Scoring) -> str:
 
 
 def _exact(item: ExamItem, answer: str) -> bool:
-    return normalised(answer).strip(EDGES) == normalised(_reference(item, Scoring.EXACT)).strip(EDGES)
+    return folded(answer).strip(EDGES) == folded(_reference(item, Scoring.EXACT)).strip(EDGES)
 
 
 def _contains(item: ExamItem, answer: str) -> bool:
     wanted = item.must_contain or [_reference(item, Scoring.CONTAINS).replace("|", " ")]
-    return all(contains(answer, entry) for entry in wanted)
+    return all(stands_in(answer, entry) for entry in wanted)
 
 
 def _regex(item: ExamItem, answer: str) -> bool:
@@ -172,7 +153,7 @@ def _numeric(item: ExamItem, answer: str) -> bool:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(found.replace(",", "")) for found in NUMBER.findall(normalised(text))]
+    return [float(found.replace(",", "")) for found in NUMBER.findall(folded(text))]
 
 
 def _json_schema(item: ExamItem, answer: str) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from sacrebleu import sentence_chrf
 
-from loop.scoring import BadExamItem, BadHeldOutFile, ExamItem, chrf, contains, held_out_items, score
+from labeling.wording import stands_in
+from loop.scoring import BadExamItem, BadHeldOutFile, ExamItem, chrf, held_out_items, score
 from loop.settings import Scoring
 
 
@@ -40,7 +41,7 @@ def item(reference: str | None = None, *must_contain: str) -> ExamItem:
 )
 def test_contains_matches_whole_words_in_any_script(answer: str, wanted: str, right: bool) -> None:
     """Case, quotes and Unicode forms don't matter; word and number boundaries do."""
-    assert contains(answer, wanted) is right
+    assert stands_in(answer, wanted) is right
 
 
 @pytest.mark.parametrize(

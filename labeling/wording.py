@@ -1,0 +1,35 @@
+"""When two texts say the same in the same words, and whether a text contains given words."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-"})
+_EDGES = " \t\n.,;:!?\"'"
+
+
+def same_wording(one: str, other: str) -> bool:
+    """Equal but for white space and Unicode form. Case and punctuation count: they may be what was corrected."""
+    return spelled(one) == spelled(other)
+
+
+def spelled(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def stands_in(text: str, wanted: str) -> bool:
+    """`wanted`, with any of its "a|b" alternatives, as whole words: "5" stands neither in "15" nor in "3.5"."""
+    plain = folded(text)
+    alternatives = [folded(part).strip(_EDGES) for part in wanted.split("|")]
+    return any(re.search(_bounded(part), plain) for part in alternatives if part)
+
+
+def folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).translate(_TYPOGRAPHY).casefold().split())
+
+
+def _bounded(part: str) -> str:
+    before = r"(?<!\w)(?<!\d[.,])" if part[0].isalnum() else ""
+    after = r"(?!\w)(?![.,]\d)" if part[-1].isalnum() else ""
+    return f"{before}{re.escape(part)}{after}"
