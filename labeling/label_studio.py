@@ -1,0 +1,352 @@
+"""The boundary to Label Studio (free edition, 1.20 and later): projects, tasks, annotations and labellers.
+
+The SDK builds the requests. Tokens, time limits and errors are ours: the SDK refreshes tokens with blocking calls,
+repeats a request that may already have committed, and its project pager ends in an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+from label_studio_sdk.base_client import AsyncLabelStudioBase
+from label_studio_sdk.core.api_error import ApiError
+from label_studio_sdk.core.parse_error import ParsingError
+
+from labeling.label_studio_http import (
+    LabelStudioNotFound,
+    LabelStudioRefused,
+    LabelStudioUnavailable,
+    TokenAuth,
+    error_of,
+    json_of,
+)
+
+ITEM_KEY = "nightschool_item"
+MARKER = "nightschool project: "
+# With it the free edition offers the task of the lowest prediction score first; other orders are a paid feature.
+LOWEST_SCORE_FIRST = "Uncertainty sampling"
+TITLE_LIMIT = 50
+IDS_PER_QUERY = 50  # they travel in the URL: about 2 kB
+TASKS_PER_PAGE = 200
+# Field names apply to the tasks and to the annotations in them; `data` stays out, it can be large.
+_LIGHT = "id,meta,updated_at,predictions_score,annotations"
+_FULL = f"{_LIGHT},result,completed_by,was_cancelled,lead_time"
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    version: str
+    token_kind: str  # "legacy" or "personal"
+    user: str
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """`score` decides the order: the lowest is offered first. `prefilled` is a result in Label Studio's form."""
+
+    item_id: str
+    data: dict[str, str]
+    score: float
+    prefilled: list[dict[str, Any]]
+
+    @property
+    def shown(self) -> str:
+        """Digest of what the labeller sees: a task found again may show an older answer."""
+        text = json.dumps([self.data, self.prefilled], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SeenAnnotation:
+    """In light listings only `id` and `updated_at` are true."""
+
+    id: int
+    updated_at: datetime
+    annotator: str = ""
+    result: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: bool = False
+    lead_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SeenTask:
+    """`item_id` is None for tasks that somebody else put into the project."""
+
+    id: int
+    item_id: str | None
+    shown: str
+    updated_at: datetime
+    score: float | None
+    annotations: tuple[SeenAnnotation, ...]
+
+
+@dataclass(frozen=True)
+class OfferedTask:
+    id: int
+    item_id: str | None
+    data: dict[str, Any]
+
+
+class LabelStudioServer:
+    """Construction makes no request. One object a token: what it annotates is its user's work."""
+
+    def __init__(self, url: str, token: str, timeout_seconds: float = 30.0) -> None:
+        self.url = url.rstrip("/")
+        self._auth = TokenAuth(self.url, token)
+        self._http = httpx.AsyncClient(base_url=self.url, auth=self._auth, timeout=timeout_seconds)
+        # The SDK writes an Authorization header of its own first; TokenAuth replaces it.
+        self._sdk = AsyncLabelStudioBase(
+            base_url=self.url, api_key="replaced", httpx_client=self._http, timeout=timeout_seconds, max_retries=0
+        )
+        self._users: dict[int, str] = {}
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def check(self) -> ServerInfo:
+        with _translated(f"asking {self.url} for its version"):
+            version = await self._sdk.versions.get()
+            user = await self._sdk.users.whoami()
+        return ServerInfo(str(version.release), self._auth.kind, str(user.email))
+
+    # projects
+
+    async def ensure_project(self, title: str, our_project: str, label_config: str, people_per_task: int) -> int:
+        """The id of the project that carries our marker; made when missing, once even if two ask at the same time."""
+        settings: dict[str, Any] = {"sampling": LOWEST_SCORE_FIRST, "maximum_annotations": people_per_task}
+        found = await self._marked_projects(our_project)
+        if not found:
+            with _translated(f"making the Label Studio project {title!r}"):
+                await self._sdk.projects.create(
+                    title=title[:TITLE_LIMIT].ljust(3, "."),
+                    description=MARKER + our_project,
+                    label_config=label_config,
+                    show_collab_predictions=True,
+                    **settings,
+                )
+            found = await self._marked_projects(our_project)
+        kept = min(found, key=lambda project: int(project["id"]))
+        if any(kept[name] != value for name, value in settings.items()):
+            with _translated(f"updating Label Studio project {kept['id']}"):
+                await self._sdk.projects.update(id=kept["id"], **settings)
+        return int(kept["id"])
+
+    async def _marked_projects(self, our_project: str) -> list[dict[str, Any]]:
+        params: dict[str, Any] = {"include": "id,description,sampling,maximum_annotations", "page_size": 100, "page": 1}
+        found: list[dict[str, Any]] = []
+        while True:
+            answer = await self._get("/api/projects", params, "listing the Label Studio projects")
+            found += [row for row in answer["results"] if _marks(row["description"], our_project)]
+            if not answer["next"]:
+                return found
+            params["page"] += 1
+
+    async def delete_project(self, project_id: int) -> None:
+        with _translated(f"deleting Label Studio project {project_id}"):
+            await self._sdk.projects.delete(id=project_id)
+
+    # tasks
+
+    async def find_tasks(self, project_id: int, item_ids: Collection[str]) -> dict[str, list[SeenTask]]:
+        """Item id -> its tasks, lowest id first. More than one is a race that the caller clears up."""
+        wanted = sorted(item_ids)
+        found: dict[str, list[SeenTask]] = {}
+        for start in range(0, len(wanted), IDS_PER_QUERY):
+            part = wanted[start : start + IDS_PER_QUERY]
+            condition = _condition(f"data.{ITEM_KEY}", "in_list", "String", part)
+            async for task in self._tasks(project_id, [condition], _LIGHT):
+                found.setdefault(str(task.item_id), []).append(task)
+        return found
+
+    async def import_tasks(self, project_id: int, tasks: Sequence[NewTask]) -> None:
+        """Not idempotent, and a timeout may have committed: `find_tasks` before and after."""
+        rows: list[dict[str, Any]] = [
+            {
+                "data": {**task.data, ITEM_KEY: task.item_id},
+                "meta": {ITEM_KEY: task.item_id, "shown": task.shown},
+                "predictions": [{"score": task.score, "model_version": "flagged answer", "result": task.prefilled}],
+            }
+            for task in tasks
+        ]
+        with _translated(f"importing {len(rows)} tasks into Label Studio project {project_id}"):
+            await self._sdk.projects.import_tasks(id=project_id, request=rows, return_task_ids=True)
+
+    async def delete_tasks(self, project_id: int, task_ids: Collection[int]) -> None:
+        """With their annotations. Tasks that are gone already are fine."""
+        if not task_ids:
+            return
+        body = {"selectedItems": {"all": False, "included": sorted(task_ids)}}
+        await self._post(
+            f"/api/dm/actions?id=delete_tasks&project={project_id}", body, f"deleting tasks of project {project_id}"
+        )
+
+    async def changed_tasks(self, project_id: int, since: datetime | None) -> AsyncIterator[SeenTask]:
+        """Tasks made, annotated, edited, skipped or rid of an annotation after `since`, by the server's clock."""
+        conditions = [] if since is None else [_condition("updated_at", "greater", "Datetime", server_time(since))]
+        async for task in self._tasks(project_id, conditions, _FULL):
+            yield task
+
+    async def all_tasks(self, project_id: int) -> AsyncIterator[SeenTask]:
+        """Ids and times only."""
+        async for task in self._tasks(project_id, [], _LIGHT):
+            yield task
+
+    async def tasks_by_id(self, project_id: int, task_ids: Collection[int]) -> AsyncIterator[SeenTask]:
+        wanted = sorted(task_ids)
+        for start in range(0, len(wanted), IDS_PER_QUERY):
+            part = wanted[start : start + IDS_PER_QUERY]
+            async for task in self._tasks(project_id, [_condition("id", "in_list", "Number", part)], _FULL):
+                yield task
+
+    async def rescore(self, task_id: int, score: float) -> None:
+        """Moves a task in the queue."""
+        with _translated(f"moving task {task_id} in Label Studio's queue"):
+            predictions = await self._sdk.predictions.list(task=task_id)
+            for prediction in predictions:
+                await self._sdk.predictions.update(id=prediction.id, score=score)
+
+    async def _tasks(self, project_id: int, conditions: list[dict[str, Any]], include: str) -> AsyncIterator[SeenTask]:
+        """Pages by id, not by number: tasks deleted meanwhile can't shift others past us."""
+        last = 0
+        while True:
+            after = [*conditions, _condition("id", "greater", "Number", last)]
+            query = {"filters": {"conjunction": "and", "items": after}, "ordering": ["tasks:id"]}
+            params = {"project": project_id, "fields": "all", "include": include, "page_size": TASKS_PER_PAGE}
+            page = await self._get(
+                "/api/tasks", {**params, "query": json.dumps(query)}, f"listing tasks of project {project_id}"
+            )
+            for row in page["tasks"]:
+                yield await self._seen_task(row)
+            if len(page["tasks"]) < TASKS_PER_PAGE:
+                return
+            last = page["tasks"][-1]["id"]
+
+    async def _seen_task(self, row: dict[str, Any]) -> SeenTask:
+        meta = row.get("meta") or {}
+        return SeenTask(
+            id=row["id"],
+            item_id=meta.get(ITEM_KEY),
+            shown=meta.get("shown", ""),
+            updated_at=_time(row["updated_at"]),
+            score=row.get("predictions_score"),
+            annotations=tuple([await self._seen_annotation(annotation) for annotation in row["annotations"]]),
+        )
+
+    async def _seen_annotation(self, row: dict[str, Any]) -> SeenAnnotation:
+        return SeenAnnotation(
+            id=row["id"],
+            updated_at=_time(row["updated_at"]),
+            annotator=await self._user_name(row["completed_by"]) if "completed_by" in row else "",
+            result=row.get("result") or [],
+            cancelled=bool(row.get("was_cancelled")),
+            lead_seconds=row.get("lead_time"),
+        )
+
+    # people
+
+    async def next_task(self, project_id: int) -> OfferedTask | None:
+        """What this token's user would be shown next."""
+        try:
+            row = await self._get(f"/api/projects/{project_id}/next", {}, f"the next task of project {project_id}")
+        except LabelStudioNotFound as error:
+            if "Project" in str(error):
+                raise
+            return None
+        return OfferedTask(row["id"], row["data"].get(ITEM_KEY), row["data"])
+
+    async def annotate(
+        self, task_id: int, result: list[dict[str, Any]], *, lead_seconds: float = 1.0, cancelled: bool = False
+    ) -> int:
+        """As this token's user; `cancelled` is the screen's "skip"."""
+        with _translated(f"annotating task {task_id}"):
+            made = await self._sdk.annotations.create(
+                id=task_id, result=result, lead_time=lead_seconds, was_cancelled=cancelled
+            )
+        return int(made.id)
+
+    async def edit_annotation(self, annotation_id: int, result: list[dict[str, Any]]) -> None:
+        with _translated(f"editing annotation {annotation_id}"):
+            await self._sdk.annotations.update(id=annotation_id, result=result)
+
+    async def delete_annotation(self, annotation_id: int) -> None:
+        with _translated(f"deleting annotation {annotation_id}"):
+            await self._sdk.annotations.delete(id=annotation_id)
+
+    async def add_labeller(self, email: str, password: str) -> str:
+        """Signs a person up through the organisation's invitation, as its page does; returns the legacy token.
+
+        A user made by POST /api/users belongs to no organisation and sees nothing, hence the form.
+        """
+        link = (await self._get("/api/invite", {}, "asking for the invitation link"))["invite_url"]
+        doing = f"signing {email} up"
+        with _translated(doing):
+            async with httpx.AsyncClient(base_url=self.url, timeout=self._http.timeout) as browser:
+                page = await browser.get(link)
+                secret = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', page.text)
+                form = {"csrfmiddlewaretoken": secret[1] if secret else "", "email": email, "password": password}
+                signed_up = await browser.post(link, data=form, headers={"Referer": f"{self.url}{link}"})
+                if signed_up.status_code != httpx.codes.FOUND:
+                    raise LabelStudioRefused(f"{email} could not be signed up", hint=_SIGN_UP_HINT)
+                return str(json_of(await browser.get("/api/current-user/token"), doing)["token"])
+
+    async def _user_name(self, completed_by: Any) -> str:
+        """The e-mail address, or "user 7" for one who left."""
+        if isinstance(completed_by, dict):
+            return str(completed_by["email"])
+        if completed_by not in self._users:
+            users = await self._get("/api/users/", {}, "listing the labellers")
+            self._users = {user["id"]: user["email"] for user in users}
+        return self._users.setdefault(completed_by, f"user {completed_by}")
+
+    # plain requests, for what the SDK lacks or gets wrong
+
+    async def _get(self, path: str, params: dict[str, Any], doing: str) -> Any:
+        with _translated(doing):
+            return json_of(await self._http.get(path, params=params), doing)
+
+    async def _post(self, path: str, body: dict[str, Any], doing: str) -> Any:
+        with _translated(doing):
+            return json_of(await self._http.post(path, json=body), doing)
+
+
+_SIGN_UP_HINT = "The address may be taken already; the password needs at least eight characters."
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.InvalidURL as error:
+        raise LabelStudioRefused(f"{doing}: {error}", hint="Correct label_studio.url.") from error
+    except (httpx.TransportError, httpx.DecodingError) as error:
+        raise LabelStudioUnavailable(f"{doing}: {type(error).__name__} {error}".rstrip()) from error
+    except ParsingError as error:
+        raise LabelStudioRefused(f"{doing}: an answer of another form") from error
+    except ApiError as error:
+        raise error_of(doing, error.status_code or 0, error.body) from error
+
+
+def _marks(description: str | None, our_project: str) -> bool:
+    return (MARKER + our_project) in (description or "").splitlines()
+
+
+def _condition(name: str, operator: str, kind: str, value: Any) -> dict[str, Any]:
+    return {"filter": f"filter:tasks:{name}", "operator": operator, "type": kind, "value": value}
+
+
+def server_time(moment: datetime) -> str:
+    """With microseconds: without them the server answers 500."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _time(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,0 +1,39 @@
+"""Which Label Studio project holds a project's tasks: found by its marker, made when missing."""
+
+from __future__ import annotations
+
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from labeling.database import Database, insert_or_nothing
+from labeling.label_studio import LabelStudioServer
+from labeling.labeling_screen import SCREEN
+from labeling.settings import LabelingSettings
+from labeling.tables import ItemState, LabellingProject, ReviewItem
+
+
+async def labelling_project(
+    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings
+) -> LabellingProject:
+    server_project = await server.ensure_project(project, project, SCREEN, settings.annotations_per_item)
+    async with database.read() as session:
+        known = await session.get(LabellingProject, project)
+    if known is not None and known.server_project == server_project:
+        return known
+    async with database.write() as session:
+        return await _follow(session, project, server_project)
+
+
+async def _follow(session: AsyncSession, project: str, server_project: int) -> LabellingProject:
+    """A new or another server project: read it from its start, and send again what nobody has labelled yet."""
+    await session.execute(insert_or_nothing(session, LabellingProject(project=project, server_project=server_project)))
+    row = await session.get(LabellingProject, project, with_for_update=True)
+    assert row is not None
+    row.server_project, row.watermark, row.swept_at = server_project, None, None
+    await session.execute(
+        update(ReviewItem)
+        .where(col(ReviewItem.project) == project, col(ReviewItem.state) == ItemState.PUSHED)
+        .values(state=ItemState.OPEN, task_id=None, pushed_at=None)
+    )
+    return row

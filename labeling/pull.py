@@ -1,0 +1,196 @@
+"""Annotations back from Label Studio. Polling is the truth: webhooks come once or not at all.
+
+Each look asks for the tasks changed since the watermark, less an overlap. What that can't show (deleted tasks, a server
+restored from a backup) the periodic sweep finds. Reading the same thing twice changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import structlog
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col, select
+
+from labeling.agreement import settle
+from labeling.database import Database, now
+from labeling.label_studio import LabelStudioServer, SeenAnnotation, SeenTask
+from labeling.labeling_screen import read_result
+from labeling.labelling_projects import labelling_project
+from labeling.settings import LabelingSettings
+from labeling.sweep import sweep as compare_all
+from labeling.tables import Annotation, ItemState, LabellingProject, ReviewItem
+
+log = structlog.get_logger(__name__)
+# The server stamps a change before it commits it: one that was slow to commit appears behind the watermark.
+OVERLAP = timedelta(seconds=60)
+TASKS_PER_TRANSACTION = 50
+
+
+@dataclass
+class PullReport:
+    tasks: int = 0  # looked at
+    annotations: int = 0  # new, edited or deleted ones
+    labels: Counter[str] = field(default_factory=Counter)  # state -> labels that came into it
+    swept: bool = False
+    reopened: int = 0  # items whose task had vanished
+
+
+async def pull(
+    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings, *, sweep: bool = False
+) -> PullReport:
+    """`sweep` compares everything even when it is not due yet, as a night does."""
+    target = await labelling_project(database, server, project, settings)
+    report = PullReport()
+    since = target.watermark - OVERLAP if target.watermark else None
+    changes = server.changed_tasks(target.server_project, since)
+    newest = await _read(database, changes, target.server_project, settings, report)
+    await _remember(database, target, watermark=newest)
+    if sweep or _is_due(target, settings):
+        await _sweep(database, server, target, settings, report)
+    if report.annotations or report.reopened:
+        log.info("pulled", project=project, annotations=report.annotations, labels=dict(report.labels))
+    return report
+
+
+def _is_due(target: LabellingProject, settings: LabelingSettings) -> bool:
+    return target.swept_at is None or now() - target.swept_at > timedelta(seconds=settings.sweep_seconds)
+
+
+async def _sweep(
+    database: Database,
+    server: LabelStudioServer,
+    target: LabellingProject,
+    settings: LabelingSettings,
+    report: PullReport,
+) -> None:
+    started = now()
+    differences = await compare_all(database, server, target.project, target.server_project)
+    changed = server.tasks_by_id(target.server_project, differences.changed_tasks)
+    await _read(database, changed, target.server_project, settings, report)
+    report.swept, report.reopened = True, differences.reopened
+    await _remember(database, target, swept_at=started)
+
+
+async def _remember(database: Database, target: LabellingProject, **values: datetime | None) -> None:
+    """Not if the project was replaced meanwhile: its successor is read from the start."""
+    kept = {name: value for name, value in values.items() if value is not None}
+    if not kept:
+        return
+    async with database.write() as session:
+        same = col(LabellingProject.server_project) == target.server_project
+        await session.execute(
+            update(LabellingProject).where(col(LabellingProject.project) == target.project, same).values(**kept)
+        )
+
+
+async def _read(
+    database: Database,
+    tasks: AsyncIterator[SeenTask],
+    server_project: int,
+    settings: LabelingSettings,
+    report: PullReport,
+) -> datetime | None:
+    """The newest change seen."""
+    newest: datetime | None = None
+    batch: list[SeenTask] = []
+    async for task in tasks:
+        newest = max(newest or task.updated_at, task.updated_at)
+        batch.append(task)
+        if len(batch) == TASKS_PER_TRANSACTION:
+            await _store(database, batch, server_project, settings, report)
+            batch = []
+    await _store(database, batch, server_project, settings, report)
+    return newest
+
+
+async def _store(
+    database: Database,
+    tasks: Sequence[SeenTask],
+    server_project: int,
+    settings: LabelingSettings,
+    report: PullReport,
+) -> None:
+    ours = [task for task in tasks if task.item_id is not None]
+    report.tasks += len(ours)
+    if not ours:
+        return
+    async with database.write() as session:
+        touched: set[str] = set()
+        for task in ours:
+            touched |= await _store_task(session, task, server_project, report)
+        # By key, so that two pulls at once can't lock each other out on PostgreSQL.
+        for item_id in sorted(touched):
+            item = await session.get(ReviewItem, item_id, with_for_update=True)
+            label = await settle(session, item, settings.annotations_per_item) if item else None
+            if label is not None:
+                report.labels[label.state] += 1
+
+
+async def _store_task(session: AsyncSession, task: SeenTask, server_project: int, report: PullReport) -> set[str]:
+    """The items to settle. Nothing is stored of withdrawn items: their data was to go."""
+    assert task.item_id is not None
+    item = await session.get(ReviewItem, task.item_id)
+    if item is None or item.state is ItemState.WITHDRAWN:
+        return set()
+    if item.task_id is None:
+        item.task_id = task.id
+    rows = await session.execute(
+        select(Annotation).where(
+            col(Annotation.labelling_project) == server_project, col(Annotation.item_id) == item.id
+        )
+    )
+    known = {row.annotation_id: row for row in rows.scalars()}
+    # Also where nothing changed: `annotations_per_item` may have.
+    touched = {item.id}
+    for seen in task.annotations:
+        concerned = await _store_annotation(session, item, seen, server_project)
+        report.annotations += bool(concerned)
+        touched |= concerned
+    if item.task_id == task.id:  # a duplicate task shows only its own annotations
+        report.annotations += _mark_deleted(known, {seen.id for seen in task.annotations})
+    return touched
+
+
+def _mark_deleted(known: dict[int, Annotation], seen: set[int]) -> int:
+    gone = [row for annotation_id, row in known.items() if annotation_id not in seen and not row.deleted]
+    for row in gone:
+        row.deleted, row.updated_at = True, now()
+    return len(gone)
+
+
+async def _store_annotation(
+    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int
+) -> set[str]:
+    """The items concerned: two where a restored server gave an old annotation's number to another task."""
+    row = await session.get(Annotation, (server_project, seen.id))
+    new = _annotation(item, seen, server_project)
+    if row is None:
+        session.add(new)
+        return {item.id}
+    if row.model_dump() == new.model_dump():
+        return set()
+    former = row.item_id
+    for name, value in new.model_dump().items():
+        setattr(row, name, value)
+    return {former, item.id}
+
+
+def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int) -> Annotation:
+    opinion = read_result(seen.result)
+    return Annotation(
+        labelling_project=server_project,
+        annotation_id=seen.id,
+        item_id=item.id,
+        annotator=seen.annotator,
+        verdict=opinion.verdict,
+        correction=opinion.correction,
+        must_contain=list(opinion.must_contain),
+        cancelled=seen.cancelled,
+        lead_seconds=seen.lead_seconds,
+        updated_at=seen.updated_at,
+    )
