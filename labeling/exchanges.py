@@ -1,0 +1,92 @@
+"""Exchanges into the database, once each, and feedback linked to the exchange that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, update
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col, select
+
+from labeling.database import insert_or_nothing
+from labeling.tables import Exchange, Feedback
+
+ROWS_PER_STATEMENT = 200  # below the bound-parameter limits of both databases
+
+
+async def record(session: AsyncSession, rows: Sequence[Exchange]) -> int:
+    """How many were new. The order by key keeps concurrent batches from deadlocking."""
+    ordered = sorted(rows, key=lambda row: (row.project, row.completion_id))
+    stored = 0
+    for start in range(0, len(ordered), ROWS_PER_STATEMENT):
+        part = ordered[start : start + ROWS_PER_STATEMENT]
+        result = await session.execute(insert_or_nothing(session, *part))
+        assert isinstance(result, CursorResult)
+        stored += result.rowcount
+        completions = [row.completion_id for row in part]
+        requests = [row.request_id for row in part if row.request_id]
+        await _link(session, _of_completion(), col(Feedback.completion_id).in_(completions))
+        await _link(session, _of_request(), col(Feedback.request_id).in_(requests))
+    return stored
+
+
+async def link_waiting(session: AsyncSession, project: str) -> None:
+    """All that a project's unfolded feedback can be linked to by now, by session too."""
+    unfolded = (col(Feedback.project) == project) & col(Feedback.folded_at).is_(None)
+    await _link(session, _of_completion(), unfolded)
+    await _link(session, _of_request(), unfolded)
+    await _link(session, _of_session(), unfolded)
+
+
+async def link_new(session: AsyncSession, rows: Sequence[Feedback]) -> None:
+    """Sets `exchange_id` on feedback that is not stored yet, where its exchange is."""
+    by_completion = await _ids(session, col(Exchange.completion_id), [r.completion_id for r in rows if r.completion_id])
+    by_request = await _ids(session, col(Exchange.request_id), [r.request_id for r in rows if r.request_id])
+    for row in rows:
+        if row.completion_id:
+            row.exchange_id = by_completion.get((row.project, row.completion_id))
+        elif row.request_id:
+            row.exchange_id = by_request.get((row.project, row.request_id))
+
+
+async def _ids(session: AsyncSession, column: Any, values: list[str]) -> dict[tuple[str, str], str]:
+    """(project, value) -> exchange; the newest where a client used its request id more than once."""
+    if not values:
+        return {}
+    found = select(col(Exchange.project), column, col(Exchange.id)).where(column.in_(values))
+    rows = (await session.execute(found.order_by(col(Exchange.created_at)))).all()
+    return {(project, value): exchange for project, value, exchange in rows}
+
+
+async def _link(session: AsyncSession, exchange: Select[Any], which: ColumnElement[bool]) -> None:
+    found = exchange.scalar_subquery()
+    statement = update(Feedback).where(col(Feedback.exchange_id).is_(None), which, found.is_not(None))
+    await session.execute(statement.values(exchange_id=found).execution_options(synchronize_session=False))
+
+
+def _of_completion() -> Select[Any]:
+    return _newest().where(col(Exchange.completion_id) == col(Feedback.completion_id))
+
+
+def _of_request() -> Select[Any]:
+    unnamed = col(Feedback.completion_id).is_(None)
+    return _newest().where(unnamed, col(Exchange.request_id) == col(Feedback.request_id))
+
+
+def _of_session() -> Select[Any]:
+    """The session's last exchange before the feedback. Only when folding: by then every earlier one is stored."""
+    unnamed = col(Feedback.completion_id).is_(None) & col(Feedback.request_id).is_(None)
+    earlier = col(Exchange.created_at) <= col(Feedback.created_at)
+    return _newest().where(unnamed, col(Exchange.session_id) == col(Feedback.session_id), earlier)
+
+
+def _newest() -> Select[Any]:
+    return (
+        select(col(Exchange.id))
+        .where(col(Exchange.project) == col(Feedback.project))
+        .order_by(col(Exchange.created_at).desc())
+        .limit(1)
+        .correlate(Feedback)
+    )

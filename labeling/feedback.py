@@ -1,0 +1,192 @@
+"""Feedback into the review queue: flags of one prompt fold into one item, good ratings become good answers.
+
+`fold` is run by the worker now and then and by each night's first stage; doing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col, select
+
+from labeling.database import Database, insert_or_nothing, now
+from labeling.exchanges import link_waiting
+from labeling.selection import score
+from labeling.settings import LabelingSettings
+from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
+
+BATCH = 200
+
+
+async def fold(database: Database, project: str, settings: LabelingSettings) -> int:
+    """How many feedback were folded. What has neither exchange nor messages yet stays for a later call."""
+    folded = 0
+    while True:
+        async with database.write() as session:
+            await _one_at_a_time(session, database, project)
+            if not folded:
+                await link_waiting(session, project)
+            batch = await _unfolded(session, project)
+            for feedback, exchange in batch:
+                await _fold_one(session, feedback, exchange, settings)
+        if not batch:
+            return folded
+        folded += len(batch)
+
+
+def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
+    """Of role and content of every message, in NFKC, casefolded, with white space collapsed."""
+    lines = [f"{_normal(message.get('role'))}\n{_normal(message.get('content'))}" for message in messages]
+    return "sha256:" + hashlib.sha256("\n\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _normal(content: Any) -> str:
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = " ".join(str(part.get("text", "")) for part in content)
+    plain = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
+
+
+def is_held_out(seed: str, share: float) -> bool:
+    """The same for the same seed, for ever: `share` of all seeds."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) / 2**64 < share
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A feedback with the prompt and the answer that it is about."""
+
+    feedback: Feedback
+    exchange: Exchange | None
+    messages: list[dict[str, Any]]
+    answer: str
+    digest: str
+
+    @property
+    def served(self) -> str | None:
+        return self.exchange.served if self.exchange else None
+
+    @property
+    def prefilled(self) -> str | None:
+        value = self.feedback.value
+        match self.feedback.kind:
+            case FeedbackKind.CORRECTION:
+                return str(value)
+            case FeedbackKind.PREFERENCE:
+                return str(value["chosen"])
+        return None
+
+
+async def _one_at_a_time(session: AsyncSession, database: Database, project: str) -> None:
+    """SQLite has one writer anyway; on PostgreSQL two folds of a project would count the same feedback twice."""
+    if not database.is_sqlite:
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"fold:{project}"})
+
+
+async def _unfolded(session: AsyncSession, project: str) -> list[tuple[Feedback, Exchange | None]]:
+    known = col(Feedback.exchange_id).is_not(None) | col(Feedback.answer).is_not(None)
+    waiting = (
+        select(Feedback, Exchange)
+        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), known)
+        .order_by(col(Feedback.created_at), col(Feedback.id))
+        .limit(BATCH)
+    )
+    return [(feedback, exchange) for feedback, exchange in (await session.execute(waiting)).all()]
+
+
+async def _fold_one(
+    session: AsyncSession, feedback: Feedback, exchange: Exchange | None, settings: LabelingSettings
+) -> None:
+    case = _case(feedback, exchange)
+    feedback.folded_at = now()
+    if feedback.kind is FeedbackKind.COMMENT:
+        return
+    if feedback.kind is FeedbackKind.RATING and float(feedback.value) >= settings.low_rating:
+        await _keep_good_answer(session, case)
+        return
+    item = await _item(session, case, settings.held_out_share)
+    _add(item, case)
+    exchange_id = exchange.id if exchange else None
+    await session.flush()
+    session.add(ItemMember(feedback_id=feedback.id, item_id=item.id, exchange_id=exchange_id))
+
+
+def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
+    if exchange is not None:
+        messages = exchange.messages
+        answer = exchange.answers[feedback.choice] if feedback.choice < len(exchange.answers) else ""
+    else:
+        messages, answer = feedback.messages or [], feedback.answer or ""
+    if feedback.kind is FeedbackKind.PREFERENCE:
+        answer = str(feedback.value["rejected"])
+    return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
+
+
+async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
+    needed = case.feedback.tags.get("must_contain", "")
+    row = GoodAnswer(
+        project=case.feedback.project,
+        prompt_digest=case.digest,
+        messages=case.messages,
+        answer=case.answer,
+        exchange_id=case.exchange.id if case.exchange else None,
+        must_contain=[line.strip() for line in needed.splitlines() if line.strip()],
+    )
+    await session.execute(insert_or_nothing(session, row))
+
+
+async def _item(session: AsyncSession, case: _Case, held_out_share: float) -> ReviewItem:
+    rounds = (
+        select(ReviewItem)
+        .where(col(ReviewItem.project) == case.feedback.project, col(ReviewItem.prompt_digest) == case.digest)
+        .order_by(col(ReviewItem.round).desc())
+        .limit(1)
+        .with_for_update()
+    )
+    latest = (await session.execute(rounds)).scalar_one_or_none()
+    if latest is not None and not await _recurred(session, latest, case):
+        return latest
+    seed = case.exchange.id if case.exchange else case.digest
+    item = ReviewItem(
+        project=case.feedback.project,
+        prompt_digest=case.digest,
+        round=latest.round + 1 if latest else 1,
+        messages=case.messages,
+        answer=case.answer,
+        # A prompt once held out stays so: it must never be trained on.
+        held_out=latest.held_out if latest else is_held_out(seed, held_out_share),
+    )
+    session.add(item)
+    return item
+
+
+async def _recurred(session: AsyncSession, item: ReviewItem, case: _Case) -> bool:
+    """Wrong again although labelled: said of a newer answer, by another adapter than the one first flagged."""
+    if item.state is not ItemState.LABELLED or (case.served is not None and case.served == item.served):
+        return False
+    label = await session.get(Label, item.id)
+    at = case.exchange.created_at if case.exchange else case.feedback.created_at
+    return label is not None and at > label.accepted_at
+
+
+def _add(item: ReviewItem, case: _Case) -> None:
+    """Once a labeller may have seen the task, the answer and the offered correction stay as they were shown."""
+    feedback = case.feedback
+    item.count += 1
+    item.severity = max(item.severity, feedback.severity) if item.count > 1 else feedback.severity
+    item.score = score(item.severity, item.count)
+    item.reasons = [
+        *item.reasons,
+        *(reason for reason in dict.fromkeys(feedback.reasons) if reason not in item.reasons),
+    ]
+    if item.state is ItemState.OPEN:
+        item.answer, item.served = case.answer, case.served
+        item.prefilled = case.prefilled or item.prefilled

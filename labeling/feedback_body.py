@@ -1,0 +1,137 @@
+"""The body of a feedback: strict, and every mistake in it is named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from labeling.errors import InvalidInput
+from labeling.tables import FeedbackKind
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Tag = Annotated[str, Field(max_length=4096)]
+Reason = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class InvalidFeedback(InvalidInput):
+    """`mistakes`: a list of {field, message}."""
+
+    code = "invalid_feedback"
+    default_hint = "Correct the fields listed under errors; /schema has the form."
+
+    def __init__(self, mistakes: list[dict[str, str]]) -> None:
+        listed = "; ".join(f"{m['field']}: {m['message']}" for m in mistakes[:20])
+        super().__init__(f"the feedback has {len(mistakes)} mistake(s): {listed}")
+        self.mistakes = mistakes
+
+
+class FeedbackBody(BaseModel):
+    """What was said of one answer. The answer is named by one of exchange_id (the completion id), request_id (the
+    X-Request-Id that the app sent), session_id (its last answer), or given as messages and answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: FeedbackKind = Field(strict=False)
+    exchange_id: Name | None = None
+    request_id: Name | None = None
+    session_id: Name | None = None
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=1000)
+    answer: str | None = None
+    choice: int = Field(0, ge=0, le=127, description="Which of several choices (n > 1)")
+    value: Any = Field(
+        None,
+        description="rating: 0..1 or true/false; correction: the right answer; preference: {chosen, rejected}; "
+        "flag and comment: none",
+    )
+    reasons: list[Reason] = Field(default_factory=list, max_length=32)
+    severity: float = Field(0.5, ge=0, le=1)
+    comment: str | None = Field(None, max_length=20_000)
+    reporter: Name | None = None
+    tags: dict[Name, Tag] = Field(default_factory=dict, max_length=64)
+    project: Name | None = Field(None, description="Needed only where the API key belongs to no project")
+
+
+def parse(raw: Any) -> FeedbackBody:
+    """Raises InvalidFeedback with the mistakes of every field and of their combination."""
+    if not isinstance(raw, dict):
+        raise InvalidFeedback([{"field": "body", "message": "must be one JSON object"}])
+    body, mistakes = None, []
+    try:
+        body = FeedbackBody.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [{"field": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
+    wrong = {mistake["field"].split(".")[0] for mistake in mistakes}
+    mistakes += [
+        {"field": field, "message": message}
+        for field, message in (*_reference(raw), *_value(raw), *_messages(raw), *_nul(raw))
+        if field not in wrong
+    ]
+    if mistakes or body is None:
+        raise InvalidFeedback(mistakes)
+    return body
+
+
+def _reference(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (raw.get("messages") is None) != (raw.get("answer") is None):
+        missing = "answer" if raw.get("answer") is None else "messages"
+        yield missing, "messages and answer go together"
+    elif all(raw.get(name) is None for name in ("exchange_id", "request_id", "session_id", "messages")):
+        yield "exchange_id", "name the answer: exchange_id, request_id, session_id, or messages and answer"
+
+
+def _value(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    value = raw.get("value")
+    match raw.get("kind"):
+        case "flag" if value is not None:
+            yield "value", "a flag has none; say why in reasons or comment"
+        case "comment":
+            if value is not None:
+                yield "value", "a comment has none; the text goes into comment"
+            if not _text(raw.get("comment")):
+                yield "comment", "a comment needs its text"
+        case "rating" if not isinstance(value, int | float) or not 0 <= value <= 1:
+            yield "value", "a rating is a number from 0 to 1, or true or false"
+        case "correction" if not _text(value):
+            yield "value", "a correction is the right answer, as text"
+        case "preference":
+            yield from _preference(value)
+
+
+def _preference(value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict) or set(value) != {"chosen", "rejected"} or not all(map(_text, value.values())):
+        yield "value", 'a preference is {"chosen": text, "rejected": text}'
+    elif value["chosen"] == value["rejected"]:
+        yield "value", "chosen and rejected are the same text"
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _messages(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    messages = raw.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        if not isinstance(message, dict):
+            continue
+        if not _text(message.get("role")):
+            yield f"messages.{index}.role", "must be a text such as user"
+        if not isinstance(message.get("content"), str | list | None):
+            yield f"messages.{index}.content", "must be text, a list of parts, or null"
+
+
+def _nul(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """PostgreSQL cannot store the character U+0000 in text."""
+    for field, value in raw.items():
+        if _has_nul(value) or "\0" in field:
+            yield field.replace("\0", "\\0"), "contains the character U+0000"
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_has_nul(key) or _has_nul(item) for key, item in value.items())
+    return isinstance(value, list) and any(map(_has_nul, value))
