@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import delete
-from sqlmodel import col, select
+from sqlmodel import select
 
 from labeling.database import new_id
 from labeling.errors import NightschoolError
-from loop import lease, states
+from loop import held_labels, lease, states
 from loop.clients import Clients
 from loop.digests import canonical_json, digest_folder, write_durably
 from loop.nightly import EXAMINE, PROMOTE
@@ -41,6 +40,8 @@ class Runner:
     holder: str = field(default_factory=lambda: new_id("worker"))
     lease_seconds: float = 30.0
     queue_poll_seconds: float = 1.0
+    examine_stages: tuple[Stage, ...] = EXAMINE
+    promote_stages: tuple[Stage, ...] = PROMOTE
     live: dict[str, dict[str, Any]] = field(default_factory=dict)  # night id -> its latest progress line
 
     async def examine(self, night_id: str) -> NightState:
@@ -49,19 +50,17 @@ class Runner:
         async with lease.renewed(self.clients.database, TRAINING, token, self.lease_seconds):
             if not await self._enter(night_id, NightState.RUNNING, (NightState.CLAIMED, NightState.FAILED)):
                 return await self._state(night_id)
-            return await self._walk(night_id, EXAMINE, TRAINING, token)
+            return await self._walk(night_id, self.examine_stages, TRAINING, token)
 
-    async def promote(self, night_id: str, approval: Approval | None = None) -> NightState:
-        """PROMOTE of an approved night; without `approval` it continues an interrupted promotion."""
+    async def promote(self, night_id: str) -> NightState:
+        """PROMOTE of a night that `approval.begin` moved to `promoting`, also after an interruption."""
         night = await self._night(night_id)
         name = f"promote:{night.project}"
         token = await self._queue(name)
         async with lease.renewed(self.clients.database, name, token, self.lease_seconds):
-            if approval is not None:
-                await self._approve(night_id, approval)
-            elif await self._state(night_id) != NightState.PROMOTING:
+            if await self._state(night_id) != NightState.PROMOTING:
                 return await self._state(night_id)
-            return await self._walk(night_id, PROMOTE, name, token)
+            return await self._walk(night_id, self.promote_stages, name, token)
 
     async def _queue(self, name: str) -> int:
         while True:
@@ -78,18 +77,6 @@ class Runner:
                 await states.move(session, night_id, target, reason=None, hint=None, finished_at=None)
             return True
         return state == target
-
-    async def _approve(self, night_id: str, approval: Approval) -> None:
-        """A new promotion starts afresh: markers of an earlier one (roll back, then forward) do not count."""
-        async with self.clients.database.write() as session:
-            await states.move(
-                session, night_id, NightState.PROMOTING, approved_by=approval.by, approved_why=approval.why
-            )
-            await session.execute(
-                delete(StageMarker).where(
-                    col(StageMarker.night_id) == night_id, col(StageMarker.stage).in_([s.name for s in PROMOTE])
-                )
-            )
 
     async def _walk(self, night_id: str, stages: tuple[Stage, ...], lease_name: str, token: int) -> NightState:
         night = await self._night(night_id)
@@ -114,11 +101,10 @@ class Runner:
             finally:
                 self.live.pop(night_id, None)
 
-    @staticmethod
     def _outcome(
-        stages: tuple[Stage, ...], outputs: dict[type[StageOutput], StageOutput]
+        self, stages: tuple[Stage, ...], outputs: dict[type[StageOutput], StageOutput]
     ) -> tuple[NightState, str, str]:
-        if stages is PROMOTE:
+        if stages is self.promote_stages:
             return NightState.PROMOTED, "approved, probed on every replica and switched", ""
         decided = outputs[Decided]
         assert isinstance(decided, Decided)
@@ -191,7 +177,7 @@ class Runner:
             rows = (await session.execute(select(StageMarker).where(StageMarker.night_id == night_id))).scalars()
             markers = {marker.stage: marker for marker in rows}
         found: dict[type[StageOutput], StageOutput] = {}
-        for stage in (*EXAMINE, *PROMOTE):
+        for stage in (*self.examine_stages, *self.promote_stages):
             marker = markers.get(stage.name)
             if marker is None:
                 break
@@ -205,6 +191,8 @@ class Runner:
     async def _end(self, night_id: str, state: NightState, reason: str, hint: str) -> NightState:
         async with self.clients.database.write() as session:
             await states.move(session, night_id, state, reason=reason, hint=hint)
+            if state == NightState.REJECTED:
+                await held_labels.hold(session, night_id)
         log.info("night_ended", night=night_id, state=state, reason=reason)
         return state
 

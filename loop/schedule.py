@@ -14,6 +14,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from sqlmodel import select
 
 from labeling.database import Database, insert_or_nothing, now
+from loop import states
 from loop.settings import ProjectSettings, ScheduleSettings
 from loop.tables import Adapter, Night, NightEvent, NightState
 
@@ -84,3 +85,11 @@ def build_scheduler(
     for name, (seconds, job) in every.items():
         scheduler.add_job(job, IntervalTrigger(seconds=seconds), id=name, next_run_time=now())
     return scheduler
+
+
+async def reopen(database: Database, night_id: str) -> None:
+    """A FAILED night goes on where it stood, as soon as a worker sees it."""
+    async with database.write() as session:
+        night = await session.get(Night, night_id)
+        if night is not None and night.state == NightState.FAILED:
+            await states.move(session, night_id, NightState.RUNNING, reason=None, hint=None, finished_at=None)

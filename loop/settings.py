@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
+from labeling.errors import InvalidInput
 from labeling.settings import LabelingSettings, Strict
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class BadRecipe(InvalidInput):
+    code = "bad_recipe"
+    default_hint = "A recipe replaces keys of [projects.trainer] for one night."
 
 
 class ReplicaSettings(Strict):
@@ -129,8 +135,12 @@ class TrainerSettings(Strict):
     hours_allowed: float = Field(8.0, gt=0, le=168)
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
-        """These settings with some replaced, checked like any others."""
-        return TrainerSettings.model_validate({**self.model_dump(), **recipe})
+        """These settings with some replaced, checked like any others; raises BadRecipe."""
+        try:
+            return TrainerSettings.model_validate({**self.model_dump(), **recipe})
+        except ValidationError as error:
+            mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise BadRecipe(f"this night's recipe: {mistakes}") from None
 
 
 class ReplaySettings(Strict):

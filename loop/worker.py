@@ -6,24 +6,26 @@ Everything it does is also true after a crash: what it had begun stands in the d
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
-from labeling.feedback import fold
-from labeling.pull import pull
-from labeling.push import push
 from sqlmodel import col, select
 
 from labeling.errors import NightschoolError
+from labeling.feedback import fold
+from labeling.pull import pull
+from labeling.push import push
 from loop import projects, promotion, reconcile, schedule
 from loop.runner import Runner
 from loop.settings import MlflowSettings, ProjectSettings
-from loop.stage import Approval
 from loop.tables import Night, NightState
 
 log = structlog.get_logger()
 RECONCILE_SECONDS = 5.0
+LOOK_SECONDS = 5.0
 
 
 @dataclass
@@ -31,9 +33,8 @@ class Worker:
     runner: Runner
     mlflow: MlflowSettings
     scheduler: AsyncIOScheduler | None = None
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _wakes: list[asyncio.Event] = field(default_factory=list)
     _tasks: set[asyncio.Task[object]] = field(default_factory=set)
-    _promoting: set[str] = field(default_factory=set)
     _prepared: set[str] = field(default_factory=set)
 
     async def start(self) -> None:
@@ -51,7 +52,7 @@ class Worker:
         self.scheduler = schedule.build_scheduler(configured, self._due, every)
         self.scheduler.start()
         self._spawn(self._nights(), "nights")
-        await self._resume_promotions()
+        self._spawn(self._promotions(), "promotions")
 
     async def stop(self) -> None:
         if self.scheduler is not None:
@@ -61,14 +62,9 @@ class Worker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def wake(self) -> None:
-        """There may be a claimed night to run."""
-        self._wake.set()
-
-    def approve(self, night_id: str, approval: Approval) -> None:
-        """Starts PROMOTE in the background; a second request for the same night does nothing."""
-        if night_id not in self._promoting:
-            self._promoting.add(night_id)
-            self._spawn(self._promote(night_id, approval), f"promote {night_id}")
+        """There may be a night to run or to promote."""
+        for wake in self._wakes:
+            wake.set()
 
     async def sync_labels(self, project: ProjectSettings) -> None:
         """Feedback folded, tasks pushed, annotations pulled; an outside system that is down is tried again later."""
@@ -91,7 +87,8 @@ class Worker:
     async def _obey(self, project: ProjectSettings) -> None:
         request = await promotion.read_request(self.runner.clients, project)
         if isinstance(request, promotion.ApprovalRequest):
-            self.approve(request.night_id, Approval(request.by, request.why))
+            await promotion.approve(self.runner.clients, project, request.night_id, by=request.by, why=request.why)
+            self.wake()
         elif isinstance(request, promotion.RollBackRequest):
             await promotion.roll_back(self.runner.clients, project, by=request.by, why=request.why, to=request.to)
 
@@ -121,30 +118,24 @@ class Worker:
 
     async def _nights(self) -> None:
         """Claimed and interrupted nights, the oldest first; a look every few seconds finds other processes' claims."""
+        await self._forever(self.runner.examine, NightState.CLAIMED, NightState.RUNNING)
+
+    async def _promotions(self) -> None:
+        """Beside the nights: a promotion must not wait for another project's training."""
+        await self._forever(self.runner.promote, NightState.PROMOTING)
+
+    async def _forever(self, run: Callable[[str], Awaitable[NightState]], *states: NightState) -> None:
+        wake = asyncio.Event()
+        self._wakes.append(wake)
         while True:
-            self._wake.clear()
+            wake.clear()
             try:
-                for night_id in await self._waiting(NightState.CLAIMED, NightState.RUNNING):
-                    await self.runner.examine(night_id)
+                for night_id in await self._waiting(*states):
+                    await run(night_id)
             except NightschoolError as error:
-                log.warning("nights_not_run", code=error.code, reason=str(error), hint=error.hint)
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout=5)
-            except TimeoutError:
-                continue
-
-    async def _resume_promotions(self) -> None:
-        for night_id in await self._waiting(NightState.PROMOTING):
-            self._promoting.add(night_id)
-            self._spawn(self._promote(night_id, None), f"promote {night_id}")
-
-    async def _promote(self, night_id: str, approval: Approval | None) -> None:
-        try:
-            await self.runner.promote(night_id, approval)
-        except NightschoolError as error:
-            log.warning("not_promoted", night=night_id, code=error.code, reason=str(error), hint=error.hint)
-        finally:
-            self._promoting.discard(night_id)
+                log.warning("nights_not_run", states=states, code=error.code, reason=str(error), hint=error.hint)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wake.wait(), timeout=LOOK_SECONDS)
 
     async def _waiting(self, *states: NightState) -> list[str]:
         async with self.runner.clients.database.read() as session:

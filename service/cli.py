@@ -12,7 +12,9 @@ import typer
 from labeling.errors import NightschoolError
 
 SettingsPath = Annotated[Path, typer.Option("--settings", "-s", help="The installation's nightschool.toml.")]
-Project = Annotated[str | None, typer.Option("--project", "-p", help="Which project; needed only when there are several.")]
+Project = Annotated[
+    str | None, typer.Option("--project", "-p", help="Which project; needed only when there are several.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Why = Annotated[str, typer.Option("--why", help="Stands in the record of promotions.")]
 DEFAULT = Path("nightschool.toml")

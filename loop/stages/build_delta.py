@@ -11,7 +11,7 @@ from loop.base_answers import base_answers
 from loop.contamination import clean
 from loop.digests import digest_folder, write_jsonl
 from loop.outputs import Delta
-from loop.scoring import ExamItem
+from loop.scoring import ExamItem, held_out_items
 from loop.stage import NightEnds, StageContext
 from loop.tables import LabelUse, NightState
 from loop.vllm import Replica

@@ -1,0 +1,201 @@
+"""`nightschool doctor`: each part of an installation looked at, and the cure for what is wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loop.adapter_files import base_digest, read_base_config
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
+from rich.console import Console
+from rich.markup import escape
+
+from labeling.database import Database
+from labeling.errors import NightschoolError, Refused
+from labeling.label_studio import LabelStudioServer
+from loop.vllm import Replica
+from service.children import DataDirLock
+from service.health import database_check
+from service.settings import Settings, load
+
+ROOM_BYTES = 2_000_000_000
+# A checkpoint race with two connections loses committed pages in these (sqlite.org, WAL-reset bug).
+SQLITE_BROKEN = ((3, 7, 0), (3, 51, 2))
+MLFLOW_DEFAULT_LOGIN = ("admin", "password1234")  # shipped until 3.16.1: CVE-2026-2635
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    level: str  # ok | warning | trouble
+    detail: str
+    cure: str = ""
+
+
+class Unhealthy(Refused):
+    code = "unhealthy"
+    default_hint = "The cures stand above."
+
+
+def run(path: Path, *, as_json: bool) -> None:
+    settings = load(path)
+    findings = asyncio.run(examine(settings))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _show(findings)
+    if any(finding.level == "trouble" for finding in findings):
+        raise Unhealthy(f"{sum(f.level == 'trouble' for f in findings)} of {len(findings)} checks found trouble")
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    found = [_python(), _sqlite(settings), _data_dir(settings), *_bases(settings)]
+    found.append(await _try("database", lambda: _database(settings)))
+    found += [
+        _managed(settings, name) for name in ("vllm", "label_studio", "mlflow") if getattr(settings, name).managed
+    ]
+    for replica in settings.vllm.replicas:
+        found.append(await _try(f"vllm {replica.url}", _served(settings, replica.url)))
+    if settings.label_studio.url:
+        found.append(await _try("label_studio", lambda: _label_studio(settings)))
+    if settings.mlflow.url:
+        found.append(await _try("mlflow", lambda: _mlflow(settings)))
+    found.append(await _try("object_store", lambda: _objects(settings)))
+    return found
+
+
+async def _try(name: str, check: Callable[[], Awaitable[str]]) -> Finding:
+    try:
+        return Finding(name, "ok", await check())
+    except NightschoolError as error:
+        return Finding(name, "trouble", str(error), error.hint)
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", sys.version.split()[0])
+
+
+def _sqlite(settings: Settings) -> Finding:
+    version = sqlite3.sqlite_version
+    if settings.database.url or not SQLITE_BROKEN[0] <= sqlite3.sqlite_version_info <= SQLITE_BROKEN[1]:
+        return Finding("sqlite", "ok", version)
+    cure = "Nightschool opens the file from one process only, which avoids it; PostgreSQL or SQLite 3.51.3 removes it."
+    return Finding("sqlite", "warning", f"{version} has the WAL-reset bug", cure)
+
+
+def _data_dir(settings: Settings) -> Finding:
+    folder = settings.data_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return Finding(
+            "data_dir", "trouble", f"{folder}: {error.strerror}", "Give data_dir a place that can be written."
+        )
+    if not os.access(folder, os.W_OK):
+        return Finding(
+            "data_dir", "trouble", f"{folder} cannot be written", "Give data_dir a place that can be written."
+        )
+    free = shutil.disk_usage(folder).free
+    if free < ROOM_BYTES:
+        return Finding(
+            "data_dir", "trouble", f"{free / 1e9:.1f} GB free in {folder}", "A night needs about 2 GB: make room."
+        )
+    return Finding("data_dir", "ok", f"{folder}, {free / 1e9:.0f} GB free")
+
+
+def _bases(settings: Settings) -> list[Finding]:
+    project = settings.projects[0]
+    try:
+        read_base_config(project.base_dir)
+        return [Finding("base", "ok", f"{project.base_dir} {base_digest(project.base_dir)[:19]}…")]
+    except NightschoolError as error:
+        return [Finding("base", "trouble", str(error), error.hint)]
+
+
+def _managed(settings: Settings, name: str) -> Finding:
+    """Installed at all? A running installation is asked through /ready instead."""
+    program = {"vllm": "vllm", "mlflow": "mlflow", "label_studio": settings.label_studio.command or "label-studio"}[
+        name
+    ]
+    beside = (Path(sys.executable).parent / program, Path(".venv-label-studio") / "bin" / program)
+    if shutil.which(program) or any(path.exists() for path in beside):
+        return Finding(name, "ok", "managed: started by `nightschool up`")
+    return Finding(
+        name, "trouble", f"{program} is not installed", "Run `make setup`, or set managed = false and a url."
+    )
+
+
+async def _database(settings: Settings) -> str:
+    if not settings.database.url and (info := DataDirLock.holder(settings.data_dir)):
+        return f"in use by process {info.pid} at {info.url}"
+    database = Database(settings.database_url)
+    try:
+        return await database_check(database)()
+    finally:
+        await database.close()
+
+
+def _served(settings: Settings, url: str) -> Callable[[], Awaitable[str]]:
+    async def check() -> str:
+        key = settings.vllm.api_key
+        replica = Replica(url, api_key=key.get_secret_value() if key else None)
+        try:
+            names = [model.name for model in await replica.served_models()]
+        finally:
+            await replica.close()
+        base = settings.projects[0].base_name
+        if base not in names:
+            raise Refused(
+                f"serves {', '.join(names) or 'nothing'}, not {base!r}",
+                hint="Set base_name to the name that vLLM's --served-model-name gives.",
+            )
+        return f"serves {', '.join(names)}"
+
+    return check
+
+
+async def _label_studio(settings: Settings) -> str:
+    token = settings.label_studio.token
+    assert token is not None, "the settings refuse a url without token"
+    server = LabelStudioServer(
+        settings.label_studio.url, token.get_secret_value(), settings.label_studio.timeout_seconds
+    )
+    try:
+        info = await server.check()
+    finally:
+        await server.close()
+    return f"{info.version}, {info.token_kind} token of {info.user}"
+
+
+async def _mlflow(settings: Settings) -> str:
+    m = settings.mlflow
+    password = m.password.get_secret_value() if m.password else ""
+    if (m.username, password) == MLFLOW_DEFAULT_LOGIN:
+        raise Refused(
+            f"{m.url} is used with MLflow's known default password (CVE-2026-2635)",
+            hint="Change the admin password in MLflow and in the settings.",
+        )
+    return await Registry(m.url, m.username, password, m.timeout_seconds).check()
+
+
+async def _objects(settings: Settings) -> str:
+    store = open_store(settings.object_store, settings.archive_dir)
+    await store.put_bytes("doctor/probe", b"nightschool")
+    return "written and read" if await store.exists("doctor/probe") else "written, but not found again"
+
+
+def _show(findings: list[Finding]) -> None:
+    console = Console()
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "trouble": "[red]trouble[/]"}
+    for finding in findings:
+        console.print(f"{marks[finding.level]:>16}  {finding.name}: {escape(finding.detail)}")
+        if finding.cure:
+            console.print(f"           cure: {escape(finding.cure)}")

@@ -1,0 +1,33 @@
+"""`nightschool labels held | confirm`: what a rejected night used, and letting it train again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from service.commands.local_api import Api, with_api
+
+
+def held(path: Path, *, project: str | None, as_json: bool) -> None:
+    async def body(api: Api) -> None:
+        rows = await api.call("GET", f"/v1/projects/{api.project(project)}/labels/held")
+        if as_json:
+            print(json.dumps(rows, indent=1))
+            return
+        table = Table("id", "prompt", "correction", "by")
+        for row in rows:
+            table.add_row(row["id"], row["prompt"][-1]["content"], row["correction"], ", ".join(row["annotators"]))
+        Console().print(table if rows else "No label is held back.")
+
+    with_api(path, body)
+
+
+def confirm(path: Path, label_ids: list[str], *, project: str | None) -> None:
+    async def body(api: Api) -> None:
+        done = await api.call("POST", f"/v1/projects/{api.project(project)}/labels/confirm", {"label_ids": label_ids})
+        print(f"{done['confirmed']} labels train again.")
+
+    with_api(path, body)

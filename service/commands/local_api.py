@@ -1,0 +1,104 @@
+"""How commands reach their installation: over HTTP while a process runs it, in this process while none does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import httpx
+
+from labeling.errors import InvalidInput, NightschoolError, Unavailable
+from service import installation
+from service.children import DataDirLock
+from service.settings import Settings, load
+from service.stack import Stack
+
+T = TypeVar("T")
+TIMEOUT_SECONDS = 120
+
+
+class Answered(NightschoolError):
+    """The API's own problem, in its words."""
+
+    code: ClassVar[str] = "answered"
+
+
+class NoProcess(Unavailable):
+    code = "no_process"
+
+
+class WhichProject(InvalidInput):
+    code = "which_project"
+
+
+@dataclass(frozen=True)
+class Api:
+    client: httpx.AsyncClient
+    settings: Settings
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None, **params: Any) -> Any:
+        try:
+            answer = await self.client.request(method, path, json=body, params=params)
+        except httpx.TransportError as error:
+            raise NoProcess(
+                f"{self.client.base_url} does not answer: {error}", hint="Is `nightschool up` still running?"
+            ) from error
+        if answer.is_error:
+            problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+            raise Answered(problem.get("detail", answer.text[:300]), hint=problem.get("hint", ""))
+        return answer.json()
+
+    def project(self, name: str | None) -> str:
+        """The named one, or the only one."""
+        if name is not None:
+            return self.settings.project(name).name
+        if len(self.settings.projects) > 1:
+            names = ", ".join(project.name for project in self.settings.projects)
+            raise WhichProject("there are several projects", hint=f"Name one with --project: {names}.")
+        return self.settings.projects[0].name
+
+
+def with_api(path: Path, body: Callable[[Api], Awaitable[T]]) -> T:
+    """Runs `body` with the installation's API; Ctrl-C ends it quietly."""
+
+    async def run() -> T:
+        async with open_api(load(path)) as api:
+            return await body(api)
+
+    return asyncio.run(run())
+
+
+@asynccontextmanager
+async def open_api(settings: Settings) -> AsyncIterator[Api]:
+    data_dir = settings.data_dir.resolve()
+    holder = DataDirLock.holder(data_dir)
+    if holder is not None:
+        async with httpx.AsyncClient(
+            base_url=holder.url, headers=_key(data_dir), timeout=TIMEOUT_SECONDS, trust_env=False
+        ) as client:
+            yield Api(client, settings)
+        return
+    with DataDirLock(data_dir, f"process {os.getpid()}"):
+        async with installation.compose(settings, Stack.configured(settings), None, work=False) as composed:
+            await installation.admin_key(composed)
+            transport = httpx.ASGITransport(composed.application())  # type: ignore[arg-type]  # an ASGI application
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://nightschool", headers=_key(data_dir), timeout=TIMEOUT_SECONDS
+            ) as client:
+                yield Api(client, settings)
+
+
+def _key(data_dir: Path) -> dict[str, str]:
+    path = data_dir / "secrets" / "admin_key"
+    try:
+        return {"Authorization": f"Bearer {path.read_text(encoding='utf-8').strip()}"}
+    except OSError as error:
+        raise NoProcess(
+            f"cannot read the operator's key {path}: {error.strerror}",
+            hint="Run this as the user that runs `nightschool up`.",
+        ) from error

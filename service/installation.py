@@ -1,0 +1,206 @@
+"""Puts one installation together: database, outside systems, HTTP application, worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvicorn
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
+
+from labeling.database import Database
+from labeling.errors import Conflict
+from labeling.label_studio import LabelStudioServer
+from loop.aliases import AliasSwitch
+from loop.clients import Clients
+from loop.executors import LocalExecutor
+from loop.runner import Runner
+from loop.settings import ProjectSettings
+from loop.vllm import Replica
+from loop.worker import Worker
+from service import auth, migrations
+from service.app import AppState, assemble, create_app
+from service.health import Check
+from service.routes.keys import key_routes
+from service.routes.nights import NightDesk, night_routes
+from service.settings import Settings
+from service.stack import Stack
+
+log = structlog.get_logger()
+STOP_SECONDS = 20
+
+
+class PortTaken(Conflict):
+    code = "port_taken"
+    default_hint = "Set http.port to another port, or to 0 for any free one."
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Everything of one process. `worker` is there in `up` and `work`."""
+
+    settings: Settings
+    stack: Stack
+    database: Database
+    clients: Clients
+    state: AppState
+    runner: Runner
+    worker: Worker | None
+
+    @property
+    def projects(self) -> Mapping[str, ProjectSettings]:
+        return self.runner.projects
+
+    def application(self) -> object:
+        """The ASGI application, nights and keys included."""
+        desk = NightDesk(
+            clients=self.clients,
+            projects=self.projects,
+            data_dir=self.settings.data_dir.resolve(),
+            keys=self.state.keys,
+            live=self.runner.live,
+            wake=self.worker.wake if self.worker else lambda: None,
+        )
+        keys = key_routes(self.database, self.state.keys, tuple(self.projects))
+        return create_app(self.settings, self.state, extra_routes=[*night_routes(desk), *keys])
+
+
+@asynccontextmanager
+async def compose(
+    settings: Settings, stack: Stack, aliases: AliasSwitch | None, work: bool
+) -> AsyncIterator[Installation]:
+    """Migrates the database and builds the parts. `aliases` None: the gateway of this process."""
+    await asyncio.to_thread(migrations.upgrade, settings.database_url)
+    async with AsyncExitStack() as closing:
+        database = Database(settings.database_url)
+        closing.push_async_callback(database.close)
+        state = assemble(settings, database, stack.vllm_urls)
+        clients = _clients(settings, stack, database, aliases or state.aliases)
+        closing.push_async_callback(clients.label_studio.close)
+        for replica in clients.replicas:
+            closing.push_async_callback(replica.close)
+        projects = {project.name: project for project in settings.projects}
+        runner = Runner(clients, projects, settings.vllm, settings.data_dir.resolve())
+        worker = Worker(runner, settings.mlflow) if work else None
+        state = _with_checks(state, clients)
+        yield Installation(settings, stack, database, clients, state, runner, worker)
+
+
+def _clients(settings: Settings, stack: Stack, database: Database, aliases: AliasSwitch) -> Clients:
+    mlflow = settings.mlflow
+    key = settings.vllm.api_key
+    folders = {replica.url: replica.adapter_dir for replica in settings.vllm.replicas}
+    return Clients(
+        database=database,
+        label_studio=LabelStudioServer(
+            stack.label_studio_url, stack.label_studio_token, settings.label_studio.timeout_seconds
+        ),
+        registry=Registry(
+            stack.mlflow_url,
+            mlflow.username,
+            mlflow.password.get_secret_value() if mlflow.password else "",
+            mlflow.timeout_seconds,
+        ),
+        objects=open_store(settings.object_store, settings.archive_dir),
+        executor=LocalExecutor(),
+        replicas=tuple(
+            Replica(url, adapter_dir=folders.get(url, ""), api_key=key.get_secret_value() if key else None)
+            for url in stack.vllm_urls
+        ),
+        aliases=aliases,
+    )
+
+
+def _with_checks(state: AppState, clients: Clients) -> AppState:
+    """/ready also tells of the systems that the night needs; their trouble stops no request."""
+
+    async def label_studio() -> str:
+        return f"Label Studio {(await clients.label_studio.check()).version}"
+
+    checks: dict[str, Check] = {"label_studio": label_studio, "mlflow": clients.registry.check}
+    return AppState(**{**vars(state), "checks": checks})
+
+
+async def admin_key(installation: Installation) -> Path:
+    """The file with this machine's own admin key: made at the first start, readable by its owner only."""
+    path = installation.settings.data_dir.resolve() / "secrets" / "admin_key"
+    keys = installation.state.keys
+    await keys.load(installation.database)
+    if path.exists():
+        try:
+            keys.authenticate(f"Bearer {path.read_text(encoding='utf-8').strip()}")
+        except auth.Unauthenticated:
+            log.warning("admin_key_replaced", path=str(path))
+        else:
+            return path
+    _, key = await auth.create_key(installation.database, "operator", ["admin"])
+    await keys.load(installation.database)
+    write_secret(path, key)
+    return path
+
+
+def write_secret(path: Path, value: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(value + "\n")
+    temporary.replace(path)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Bound now, so that the address is known before anything slow starts."""
+    family = socket.AF_INET6 if ":" in settings.http.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.http.host, settings.http.port))
+    except OSError as error:
+        listener.close()
+        raise PortTaken(f"cannot listen on {settings.http.host}:{settings.http.port}: {error.strerror}") from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Signals are the command's business, not the server's."""
+
+    def install_signal_handlers(self) -> None:
+        return None
+
+
+@asynccontextmanager
+async def http_server(installation: Installation, listener: socket.socket) -> AsyncIterator[None]:
+    """Serves until the block ends; requests in flight get `STOP_SECONDS` to end."""
+    config = uvicorn.Config(
+        installation.application(),  # type: ignore[arg-type]  # Litestar is an ASGI application
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=STOP_SECONDS,
+        server_header=False,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server._serve([listener]), name="http")
+    try:
+        while not server.started:
+            if task.done():
+                await task
+                raise PortTaken("the HTTP server ended while it started; the log says why")
+            await asyncio.sleep(0.02)
+        yield
+    finally:
+        server.should_exit = True
+        await task

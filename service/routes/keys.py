@@ -1,0 +1,51 @@
+"""API keys over HTTP, for `nightschool keys` while a process runs: create, list, revoke."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+
+from labeling.database import Database
+from labeling.errors import InvalidInput
+from labeling.settings import Strict
+from service import auth
+from service.auth import KeyRing, Scope
+from service.bodies import read_body
+
+
+class UnknownKeyProject(InvalidInput):
+    code = "unknown_key_project"
+
+
+class KeyBody(Strict):
+    name: str
+    scopes: tuple[str, ...]
+    project: str | None = None
+
+
+def key_routes(database: Database, keys: KeyRing, projects: tuple[str, ...]) -> list[HTTPRouteHandler]:
+    @post("/v1/keys", tags=["keys"], summary="Make a key; it is shown this once")
+    async def create(request: Request[Any, Any, Any]) -> dict[str, Any]:
+        keys.authenticate(request.headers.get("authorization")).require(Scope.ADMIN)
+        body = await read_body(request, KeyBody)
+        if body.project is not None and body.project not in projects:
+            raise UnknownKeyProject(f"no project {body.project!r}", hint=f"Configured: {', '.join(projects)}.")
+        key_id, key = await auth.create_key(database, body.name, body.scopes, body.project)
+        await keys.load(database)
+        return {"id": key_id, "key": key, "name": body.name, "scopes": list(body.scopes), "project": body.project}
+
+    @get("/v1/keys", tags=["keys"], summary="Names, scopes and ages; never the keys")
+    async def show(request: Request[Any, Any, Any]) -> list[dict[str, Any]]:
+        keys.authenticate(request.headers.get("authorization")).require(Scope.ADMIN)
+        return [row.model_dump(mode="json", exclude={"hash"}) for row in await auth.list_keys(database)]
+
+    @delete("/v1/keys/{key_id:str}", status_code=200, tags=["keys"], summary="End a key now")
+    async def revoke(request: Request[Any, Any, Any], key_id: str) -> dict[str, str]:
+        keys.authenticate(request.headers.get("authorization")).require(Scope.ADMIN)
+        await auth.revoke_key(database, key_id)
+        await keys.load(database)
+        return {"revoked": key_id}
+
+    return [create, show, revoke]
