@@ -1,0 +1,25 @@
+"""Which checkpoint of an interrupted run may be resumed: the last complete one of the very same run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loop.trainers.spec import write_durably
+
+CHECKPOINTS = "checkpoints"
+MARKER = "complete"
+
+
+def mark_complete(checkpoint: Path, run_digest: str) -> None:
+    """The marker is written last, when everything else is on disk."""
+    for path in checkpoint.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    write_durably(checkpoint / MARKER, run_digest.encode())
+
+
+def last_complete(folder: Path, run_digest: str) -> Path | None:
+    """None where there is none, or only of other rows or another recipe."""
+    marked = [path.parent for path in folder.glob(f"checkpoint-*/{MARKER}") if path.read_text() == run_digest]
+    return max(marked, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

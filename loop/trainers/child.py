@@ -1,0 +1,166 @@
+"""The trainer as a process: reads the spec, never outlives its parent, and ends with a result file or an error line."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeling.errors import InvalidInput, NightschoolError
+from loop.trainers.progress import Channel
+from loop.trainers.rows import Example, tokenise
+from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest, write_durably
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
+PR_SET_PDEATHSIG = 1
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class NoBaseModel(InvalidInput):
+    code = "no_base_model"
+    default_hint = "Set projects.base_dir to the local folder of the base: config.json, tokenizer.json, safetensors."
+
+
+class Stopped(NightschoolError):
+    code = "stopped"
+    default_hint = "Start the same spec again: it goes on from the last checkpoint."
+
+
+class Unexpected(NightschoolError):
+    code = "trainer_error"
+    default_hint = "The trainer's log holds the traceback."
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`start` runs before any other import of the kind; `load` gives the base with a fresh adapter on it."""
+
+    start: Callable[[], None]
+    load: Callable[[TrainSpec, int], Any]  # second: tokens of the longest row
+
+
+def main(backend: Backend) -> int:
+    """The whole life of a trainer process; its exit status."""
+    parser = argparse.ArgumentParser(description="Train one adapter as a spec says.")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--parent", type=int, help="process id; the trainer ends when it does")
+    arguments = parser.parse_args()
+    if arguments.parent is not None:
+        die_with(arguments.parent)
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ.update(OFFLINE)
+    channel = Channel()
+    try:
+        run(read_spec(arguments.spec), backend, channel)
+    except NightschoolError as error:
+        channel.error(error)
+        return 128 + signal.SIGTERM if isinstance(error, Stopped) else 1
+    except Exception as error:  # noqa: BLE001 - the edge of the process: the parent gets a line, the log the traceback
+        traceback.print_exc()
+        channel.error(_explained(error))
+        return 70
+    return 0
+
+
+def die_with(parent: int) -> None:
+    """Also when the parent is killed with SIGKILL: the kernel sends the signal, whatever state it dies in."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(128 + signal.SIGKILL)
+
+
+def _stop(*_: object) -> None:
+    raise Stopped("the trainer was told to stop (SIGTERM)")
+
+
+def _explained(error: Exception) -> NightschoolError:
+    from loop.trainers.sft_loop import OutOfMemory
+
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return OutOfMemory(f"no memory left: {text.splitlines()[0] if text else 'allocation failed'}")
+    return Unexpected(f"{type(error).__name__}: {text}"[:2000])
+
+
+def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
+    """Nothing to do where the same run has finished in this folder."""
+    rows = read_rows(spec.data_dir)
+    digest = run_digest(spec)
+    finished = read_result(spec.out_dir)
+    if finished is not None and finished.run_digest == digest:
+        return
+    if not (spec.base_dir / "config.json").exists():
+        raise NoBaseModel(f"there is no model at {spec.base_dir}")
+    backend.start()
+    import torch
+    from transformers import AutoTokenizer, set_seed
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
+    examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    set_seed(spec.seed)  # the adapter's first weights are random
+    model = backend.load(spec, max(len(example.tokens) for example in examples))
+    _train_and_write(spec, model, tokenizer, examples, digest, channel)
+
+
+def _train_and_write(
+    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], digest: str, channel: Channel
+) -> None:
+    from loop.trainers.adapter import write_adapter
+    from loop.trainers.checkpoints import CHECKPOINTS
+    from loop.trainers.sft_loop import train
+
+    trained = train(spec, model, tokenizer, examples, digest, channel)
+    result = TrainResult(
+        run_digest=digest,
+        steps=trained.steps,
+        examples=len(examples),
+        tokens=trained.tokens,
+        seconds=trained.seconds,
+        final_loss=trained.final_loss,
+        peak_memory_bytes=trained.peak_memory_bytes,
+        adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
+        packages=_versions(),
+        device=trained.device,
+    )
+    write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
+    shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)
+
+
+def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer of this base: some families have several."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    if (base_dir / "generation_config.json").exists():
+        configured = GenerationConfig.from_pretrained(base_dir, local_files_only=True).eos_token_id
+        ids |= set(configured if isinstance(configured, list) else [configured])
+    return frozenset(ids - {None})
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: _version(name) for name in PACKAGES}
+    return {name: version for name, version in installed.items() if version}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

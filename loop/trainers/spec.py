@@ -1,0 +1,213 @@
+"""What the parent tells a trainer, and what comes back. No torch here: both sides read this module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from labeling.errors import InvalidInput
+from labeling.settings import Strict
+from loop.settings import LINEAR_LAYERS, TrainerSettings
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ROWS_FILE = "train.jsonl"
+
+
+class BadSpec(InvalidInput):
+    code = "bad_spec"
+    default_hint = "The spec is written by the preflight stage; parent and trainer must be of the same release."
+
+
+class BadRows(InvalidInput):
+    """Training rows that cannot be trained on; the message names them."""
+
+    code = "bad_rows"
+
+
+class LoraSpec(Strict):
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32, gt=0, le=1024)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], ...] = Field(LINEAR_LAYERS, min_length=1)
+
+
+class ScheduleSpec(Strict):
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    epochs: float = Field(6, gt=0, le=1000)
+    max_steps: int | None = Field(None, ge=1, le=10_000_000)
+    batch_size: int = Field(8, ge=1, le=4096)
+    warmup_share: float = Field(0.1, ge=0, le=1)
+    scheduler: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
+    max_grad_norm: float = Field(1.0, gt=0, le=1000)
+    save_steps: int = Field(250, ge=1)
+    replay_loss: Literal["ce", "kl"] = "kl"
+    kl_weight: float = Field(1.0, ge=0, le=100)
+
+
+class LengthsSpec(Strict):
+    max_length: int = Field(1024, ge=16, le=1_000_000, description="Tokens of a whole row, template included")
+
+
+class TrainSpec(Strict):
+    """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
+
+    version: Literal[1] = 1
+    base_dir: Path
+    base_name: str = Field(min_length=1, max_length=200)
+    base_digest: str = Field(min_length=1, max_length=200)
+    data_dir: Path = Field(description=f"Holds {ROWS_FILE}")
+    method: Literal["sft"] = "sft"
+    quantisation: Literal["nf4", "none"] = "nf4"
+    lora: LoraSpec = LoraSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    lengths: LengthsSpec = LengthsSpec()
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1, le=1024)
+    out_dir: Path
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Row(Strict):
+    """One conversation; the loss is on its last message only."""
+
+    id: str = Field(min_length=1)
+    messages: tuple[Message, ...] = Field(min_length=2)
+    kind: Literal["label", "replay"]
+
+    @model_validator(mode="after")
+    def _ends_with_an_answer(self) -> Row:
+        if self.messages[-1].role != "assistant" or not self.messages[-1].content.strip():
+            raise ValueError("the last message must be the assistant's, and not empty")
+        return self
+
+
+class Progress(Strict):
+    """One line of a trainer's stdout. `memory_bytes` is the accelerator's where there is one, else this process's."""
+
+    step: int
+    total_steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_s: float
+    memory_bytes: int
+    elapsed_s: float
+
+
+class TrainResult(Strict):
+    """`result.json`. `seconds` and `tokens` are of the whole plan, except that a resumed run counts its own seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    version: Literal[1] = 1
+    run_digest: str
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float
+    final_loss: float
+    peak_memory_bytes: int
+    adapter_files: dict[str, str]
+    packages: dict[str, str]
+    device: str
+
+
+def render(
+    settings: TrainerSettings, *, base_dir: Path, base_name: str, base_digest: str, data_dir: Path, out_dir: Path
+) -> TrainSpec:
+    """The project's recipe as a spec."""
+    flat = settings.model_dump()
+
+    def pick(model: type[Strict]) -> dict[str, Any]:
+        return {name: flat[name] for name in model.model_fields}
+
+    return TrainSpec(
+        base_dir=base_dir,
+        base_name=base_name,
+        base_digest=base_digest,
+        data_dir=data_dir,
+        quantisation=flat["quantisation"],
+        lora=LoraSpec(**pick(LoraSpec)),
+        schedule=ScheduleSpec(**pick(ScheduleSpec)),
+        lengths=LengthsSpec(max_length=settings.max_length),
+        seed=settings.seed,
+        threads=settings.threads,
+        out_dir=out_dir,
+    )
+
+
+def write_spec(spec: TrainSpec, path: Path) -> None:
+    write_durably(path, spec.model_dump_json(indent=1).encode())
+
+
+def read_spec(path: Path) -> TrainSpec:
+    """Every mistake of the spec in one message."""
+    try:
+        return TrainSpec.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BadSpec(f"there is no training spec at {path}") from None
+    except ValidationError as error:
+        raise BadSpec(f"the training spec {path} is not valid: {_mistakes(error)}") from None
+
+
+def read_result(out_dir: Path) -> TrainResult | None:
+    """None until the trainer has finished: the file is written last."""
+    path = out_dir / "result.json"
+    return TrainResult.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+_ROW = TypeAdapter(Row)
+
+
+def read_rows(data_dir: Path) -> list[Row]:
+    path = data_dir / ROWS_FILE
+    if not path.exists():
+        raise BadRows(f"there are no training rows at {path}", hint="Run the build_delta stage first.")
+    rows, mistakes = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(_ROW.validate_json(line))
+        except ValidationError as error:
+            mistakes.append(f"line {number}: {_mistakes(error)}")
+    if mistakes:
+        raise BadRows(f"{len(mistakes)} rows of {path} are not training rows: {'; '.join(mistakes[:5])}")
+    if not rows:
+        raise BadRows(f"{path} holds no rows", hint="A night needs labels; see min_labels.")
+    return rows
+
+
+def run_digest(spec: TrainSpec) -> str:
+    """Of all that decides the adapter: the spec but for its places, and the rows. A checkpoint of another digest
+    is never resumed."""
+    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads"})
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    digest.update((spec.data_dir / ROWS_FILE).read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Whole or not at all, also across a power cut: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mistakes(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'row'}: {item['msg']}" for item in error.errors())

@@ -1,0 +1,62 @@
+"""`python -m loop.trainers.unsloth SPEC`: the spec, rows and loop of `peft.py`, on a GPU with Unsloth's kernels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from labeling.errors import NightschoolError
+from loop.trainers.child import Backend, main
+from loop.trainers.spec import TrainSpec
+
+
+class NoAccelerator(NightschoolError):
+    code = "no_accelerator"
+    default_hint = 'Set trainer.backend = "peft", or run this project\'s trainer on a machine with a CUDA GPU.'
+
+
+class NoUnsloth(NightschoolError):
+    code = "no_unsloth"
+    default_hint = "Set trainer.python to the Python of deploy/environments/gpu."
+
+
+def start() -> None:
+    """Unsloth patches transformers, peft and trl as they are imported: it goes first."""
+    import torch
+
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    if not torch.cuda.is_available():
+        raise NoAccelerator("Unsloth needs a GPU and this machine has none")
+    try:
+        import unsloth  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise NoUnsloth(f"this environment lacks {error.name}, which the unsloth backend needs") from None
+
+
+def load(spec: TrainSpec, longest: int) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(spec.base_dir),
+        max_seq_length=longest,
+        load_in_4bit=spec.quantisation == "nf4",
+        dtype=torch.bfloat16,
+        local_files_only=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        target_modules=list(spec.lora.target_modules),
+        bias="none",
+        use_gradient_checkpointing=False,
+        random_state=spec.seed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Backend(start, load)))
