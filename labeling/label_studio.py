@@ -50,17 +50,16 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class NewTask:
-    """`score` decides the order: the lowest is offered first. `prefilled` is a result in Label Studio's form."""
+    """`score` decides the order: the lowest is offered first."""
 
     item_id: str
     data: dict[str, str]
     score: float
-    prefilled: list[dict[str, Any]]
 
     @property
     def shown(self) -> str:
         """Digest of what the labeller sees: a task found again may show an older answer."""
-        text = json.dumps([self.data, self.prefilled], sort_keys=True)
+        text = json.dumps(self.data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -129,7 +128,6 @@ class LabelStudioServer:
                     title=title[:TITLE_LIMIT].ljust(3, "."),
                     description=MARKER + our_project,
                     label_config=label_config,
-                    show_collab_predictions=True,
                     **settings,
                 )
             found = await self._marked_projects(our_project)
@@ -172,7 +170,7 @@ class LabelStudioServer:
             {
                 "data": {**task.data, ITEM_KEY: task.item_id},
                 "meta": {ITEM_KEY: task.item_id, "shown": task.shown},
-                "predictions": [{"score": task.score, "model_version": "flagged answer", "result": task.prefilled}],
+                "predictions": [{"score": task.score, "model_version": "nightschool", "result": []}],
             }
             for task in tasks
         ]

@@ -1,6 +1,7 @@
 """What a labeller sees and what comes back: the screen, a review item as task data, a result as verdict and correction.
 
-Every field is plain Text: Label Studio has rendered imported HTML before (CVE-2024-26152, CVE-2026-22033).
+Every field is plain Text: Label Studio has rendered imported HTML before (CVE-2024-26152, CVE-2026-22033). The draft
+stands in the box (`value`), not in a prediction: that would be a finished entry, edited only by way of its pencil.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ SCREEN = """<View style="max-width: 62rem; margin: 0 auto; padding-bottom: 2rem"
     <Choice value="unsafe" hotkey="4" hint="Must never be said; a safe answer below is welcome"/>
   </Choices>
   <Header value="The right answer  (wrong or unsafe: edit until you would send it to the user)" size="5"/>
-  <TextArea name="correction" toName="answer" editable="true" rows="6" maxSubmissions="1" showSubmitButton="false"
-            placeholder="Exactly what the model should have said"/>
+  <TextArea name="correction" toName="answer" value="$draft" rows="6" maxSubmissions="1" editable="true"
+            showSubmitButton="false" placeholder="Exactly what the model should have said"/>
   <Header value="Words that a right answer must contain  (optional; one a line, alternatives as a|b)" size="5"/>
-  <TextArea name="must_contain" toName="answer" editable="true" rows="2" maxSubmissions="1" showSubmitButton="false"
+  <TextArea name="must_contain" toName="answer" rows="2" editable="true" showSubmitButton="false"
             placeholder="14 days|two weeks"/>
+  <Header value="Tab leaves a box; then Ctrl+Enter submits, Ctrl+Space skips" size="6"/>
 </View>
 """
 
@@ -50,16 +52,13 @@ class Opinion:
 
 
 def task_data(item: ReviewItem) -> dict[str, str]:
+    """The draft, which the labeller edits, is the correction that a user offered, else the flagged answer."""
     return {
         "why": _printable(_why(item)),
         "conversation": _printable("\n\n".join(_message(message) for message in item.messages)),
         "flagged_answer": _printable(item.answer),
+        "draft": _printable(item.prefilled or item.answer),
     }
-
-
-def prefilled(item: ReviewItem) -> list[dict[str, Any]]:
-    """What the screen starts from: the correction that a user offered, else the flagged answer."""
-    return [_text("correction", _printable(item.prefilled or item.answer))]
 
 
 def as_result(opinion: Opinion) -> list[dict[str, Any]]:

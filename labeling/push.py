@@ -17,7 +17,7 @@ from sqlmodel import col, select
 from labeling.database import Database, now
 from labeling.label_studio import LabelStudioServer, NewTask, SeenTask
 from labeling.label_studio_http import LabelStudioRefused
-from labeling.labeling_screen import prefilled, task_data
+from labeling.labeling_screen import task_data
 from labeling.labelling_projects import labelling_project
 from labeling.settings import LabelingSettings
 from labeling.tables import ItemState, ReviewItem
@@ -49,7 +49,7 @@ async def push(database: Database, server: LabelStudioServer, project: str, sett
 
 def as_task(item: ReviewItem) -> NewTask:
     """The server hands out the lowest score first."""
-    return NewTask(item.id, task_data(item), queue_score(item.score), prefilled(item))
+    return NewTask(item.id, task_data(item), queue_score(item.score))
 
 
 def queue_score(score: float) -> float:
