@@ -75,7 +75,7 @@ def plan_batches(lengths: Sequence[int], schedule: ScheduleSpec, seed: int) -> l
 
     Every epoch is shuffled anew; rows of like length share a batch.
     """
-    steps = math.ceil(schedule.epochs * len(lengths) / schedule.batch_size)
+    steps = math.ceil(schedule.epochs * math.ceil(len(lengths) / schedule.batch_size))
     steps = steps if schedule.max_steps is None else min(steps, schedule.max_steps)
     plan: list[list[int]] = []
     epoch = 0
