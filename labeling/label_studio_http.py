@@ -75,7 +75,7 @@ class TokenAuth(httpx.Auth):
 
     def __init__(self, url: str, token: str) -> None:
         self.kind = "personal" if token.count(".") == 2 else "legacy"
-        self._url, self._token, self._access = url, token, ""
+        self._url, self._token, self._access = url, token.strip(), ""
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         if self.kind == "legacy":
@@ -88,7 +88,6 @@ class TokenAuth(httpx.Auth):
             if response.status_code != httpx.codes.UNAUTHORIZED:
                 return
         answer = yield httpx.Request("POST", f"{self._url}/api/token/refresh", json={"refresh": self._token})
-        if answer.is_success:
-            self._access = str(answer.json()["access"])
+        self._access = str(json_of(answer, "exchanging the personal access token")["access"])
         request.headers["Authorization"] = f"Bearer {self._access}"
         yield request
