@@ -13,8 +13,6 @@ from pathlib import Path
 
 import structlog
 import uvicorn
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
 
 from labeling.database import Database
 from labeling.errors import Conflict
@@ -22,6 +20,8 @@ from labeling.label_studio import LabelStudioServer
 from loop.aliases import AliasSwitch
 from loop.clients import Clients
 from loop.executors import LocalExecutor
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
 from loop.runner import Runner
 from loop.settings import ProjectSettings
 from loop.vllm import Replica
@@ -95,7 +95,6 @@ async def compose(
 
 
 def _clients(settings: Settings, stack: Stack, database: Database, aliases: AliasSwitch) -> Clients:
-    mlflow = settings.mlflow
     key = settings.vllm.api_key
     folders = {replica.url: replica.adapter_dir for replica in settings.vllm.replicas}
     return Clients(
@@ -103,12 +102,7 @@ def _clients(settings: Settings, stack: Stack, database: Database, aliases: Alia
         label_studio=LabelStudioServer(
             stack.label_studio_url, stack.label_studio_token, settings.label_studio.timeout_seconds
         ),
-        registry=Registry(
-            stack.mlflow_url,
-            mlflow.username,
-            mlflow.password.get_secret_value() if mlflow.password else "",
-            mlflow.timeout_seconds,
-        ),
+        registry=Registry(settings.mlflow, url=stack.mlflow_url),
         objects=open_store(settings.object_store, settings.archive_dir),
         executor=LocalExecutor(),
         replicas=tuple(
@@ -125,7 +119,11 @@ def _with_checks(state: AppState, clients: Clients) -> AppState:
     async def label_studio() -> str:
         return f"Label Studio {(await clients.label_studio.check()).version}"
 
-    checks: dict[str, Check] = {"label_studio": label_studio, "mlflow": clients.registry.check}
+    async def mlflow() -> str:
+        await clients.registry.check()
+        return "answers"
+
+    checks: dict[str, Check] = {"label_studio": label_studio, "mlflow": mlflow}
     return AppState(**{**vars(state), "checks": checks})
 
 

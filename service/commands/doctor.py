@@ -12,15 +12,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loop.adapter_files import base_digest, read_base_config
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
 from rich.console import Console
 from rich.markup import escape
 
 from labeling.database import Database
 from labeling.errors import NightschoolError, Refused
 from labeling.label_studio import LabelStudioServer
+from loop.adapter_files import base_digest, read_base_config
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
 from loop.vllm import Replica
 from service.children import DataDirLock
 from service.health import database_check
@@ -183,13 +183,13 @@ async def _mlflow(settings: Settings) -> str:
             f"{m.url} is used with MLflow's known default password (CVE-2026-2635)",
             hint="Change the admin password in MLflow and in the settings.",
         )
-    return await Registry(m.url, m.username, password, m.timeout_seconds).check()
+    await Registry(m).check()
+    return f"{m.url} answers"
 
 
 async def _objects(settings: Settings) -> str:
-    store = open_store(settings.object_store, settings.archive_dir)
-    await store.put_bytes("doctor/probe", b"nightschool")
-    return "written and read" if await store.exists("doctor/probe") else "written, but not found again"
+    await open_store(settings.object_store, settings.archive_dir).check()
+    return settings.object_store.kind
 
 
 def _show(findings: list[Finding]) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -60,9 +62,9 @@ def _apart(settings: Settings) -> Settings:
     return settings
 
 
-async def _until_signal(body: object) -> None:
+async def _until_signal(body: Coroutine[Any, Any, None]) -> None:
     """SIGINT and SIGTERM cancel the body, which then closes in order."""
-    task: asyncio.Task[None] = asyncio.ensure_future(body)  # type: ignore[arg-type]
+    task = asyncio.create_task(body)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)

@@ -73,11 +73,9 @@ class Labellers:
             progress(done)
 
     async def _submit(self, task_id: int, question: Question) -> None:
-        result = [
-            _choice("verdict", "wrong"),
-            _text("correction", question.answer),
-            _text("must_contain", question.must_contain),
-        ]
+        result = [_choice("verdict", "wrong"), _text("correction", question.answer)]
+        if question.is_right(question.answer):
+            result.append(_text("must_contain", question.must_contain))
         answer = await self.client.post(f"/api/tasks/{task_id}/annotations/", json={"result": result, "lead_time": 4.0})
         answer.raise_for_status()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,11 +96,10 @@ class Traffic:
         await asyncio.gather(*self._tasks)
 
     async def _flow(self, questions: list[Question]) -> None:
-        while not self._stopping:
-            for question in questions:
-                if self._stopping:
-                    return
-                await self._one(question)
+        for question in itertools.cycle(questions):
+            if self._stopping:
+                return
+            await self._one(question)
 
     async def _watch(self, question: Question) -> None:
         while not self._stopping:

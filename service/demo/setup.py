@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labeling.errors import Conflict
+from service.children import Child
 from service.demo.api import DemoBroke
 from service.demo.company import Company
 
@@ -71,36 +70,24 @@ def write_settings(data_dir: Path, model_dir: Path, company: Company, quantisati
 @asynccontextmanager
 async def running(settings: Path, data_dir: Path) -> AsyncIterator[dict[str, Any]]:
     """`nightschool up` as a child that ends with us; gives what it wrote about itself once it is ready."""
-    (data_dir / "logs").mkdir(exist_ok=True)
+    child = Child.start(
+        "nightschool",
+        [sys.executable, "-m", "service.cli", "up", "--settings", str(settings)],
+        environment={},
+        log_path=data_dir / "logs" / "nightschool.log",
+        grace_seconds=60,
+    )
     ready = data_dir / "state" / "ready.json"
-    with (data_dir / "logs" / "nightschool.log").open("ab") as log:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "service.cli",
-            "up",
-            "--settings",
-            str(settings),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "NIGHTSCHOOL_PARENT": str(os.getpid())},
-        )
+
+    async def is_ready() -> bool:
+        return ready.exists()
+
     try:
-        yield await _ready(child, ready, data_dir)
+        await child.wait_ready(is_ready, START_SECONDS, cure="The log is in the demo's data folder, under logs/.")
+        yield {**json.loads(ready.read_text(encoding="utf-8")), **_secrets(data_dir / "secrets")}
     finally:
-        if child.returncode is None:
-            child.send_signal(signal.SIGTERM)
-        await child.wait()
+        await child.stop()
 
 
-async def _ready(child: asyncio.subprocess.Process, ready: Path, data_dir: Path) -> dict[str, Any]:
-    for _ in range(START_SECONDS * 2):
-        if child.returncode is not None:
-            tail = (data_dir / "logs" / "nightschool.log").read_text(errors="replace")[-1500:]
-            raise DemoBroke(f"nightschool up ended with code {child.returncode}: {tail}")
-        if ready.exists():
-            told: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-            return told
-        await asyncio.sleep(0.5)
-    raise DemoBroke(f"nightschool up was not ready after {START_SECONDS} s")
+def _secrets(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8").strip() for path in folder.iterdir() if path.is_file()}

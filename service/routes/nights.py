@@ -13,6 +13,7 @@ from litestar import Request, get, post
 from litestar.handlers import HTTPRouteHandler
 from pydantic import Field
 
+from labeling.database import now
 from labeling.errors import Conflict
 from labeling.settings import Strict
 from loop import held_labels, night_view, promotion, schedule
@@ -114,7 +115,7 @@ def _running(desk: NightDesk) -> list[HTTPRouteHandler]:
         body = await read_body(request, ClaimBody)
         desk.caller(request, Scope.ADMIN, body.project)
         project = desk.project(body.project)
-        due = schedule.latest_due(project.schedule, schedule.now())
+        due = schedule.latest_due(project.schedule, now())
         if body.date is not None:
             due = datetime.combine(body.date, project.schedule.at, tzinfo=project.schedule.zone)
         night_id = await schedule.claim(desk.clients.database, project, due.date(), due, body.recipe)

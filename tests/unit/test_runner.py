@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from datetime import date
 from pathlib import Path
 from typing import cast
@@ -16,14 +17,14 @@ from sqlmodel import select
 
 from labeling.database import Database, now
 from labeling.errors import Unavailable
-from loop import approval, lease
+from loop import approval
 from loop.clients import Clients
 from loop.nightly import PROMOTE
 from loop.outputs import Decided, Drained, Loaded, Probed, SyncedLabels
 from loop.runner import TRAINING, Runner
 from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import NightEnds, Stage, StageContext, StageOutput
-from loop.tables import LabelUse, Night, NightEvent, NightState, StageMarker
+from loop.tables import LabelUse, Lease, Night, NightEvent, NightState, StageMarker
 
 DECIDED = {"reason": "r", "hint": "", "evidence_hash": "h", "report_path": "p"}
 
@@ -206,7 +207,7 @@ async def test_a_stale_worker_records_nothing(database: Database, tmp_path: Path
     while not (tmp_path / "runs").exists() or runs(tmp_path)["load"] == 0:
         await asyncio.sleep(0.02)
     async with database.write() as session:  # what the clock does while a machine sleeps
-        held = await session.get(lease.Lease, TRAINING)
+        held = await session.get(Lease, TRAINING)
         assert held is not None
         held.expires_at = now()
         session.add(held)
@@ -256,7 +257,7 @@ async def test_a_second_promotion_probes_anew(database: Database, tmp_path: Path
     assert (await seen(database, night_id)).approved_by == "ada"
 
 
-def _probe(directory: Path) -> object:
+def _probe(directory: Path) -> Callable[[StageContext], Awaitable[Probed]]:
     async def probe(context: StageContext) -> Probed:
         assert context.approval is not None
         assert context.approval.by == "ada"
