@@ -203,5 +203,5 @@ async def labels_ready(session: AsyncSession, project: str) -> list[Label]:
         )
         .order_by(col(ReviewItem.round))
     )
-    newest = {digest: label for label, digest in rows.tuples()}
+    newest = {digest: label for label, digest in rows.all()}
     return sorted(newest.values(), key=lambda label: (label.accepted_at, label.id))

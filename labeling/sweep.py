@@ -59,14 +59,14 @@ async def _ours(
     async with database.read() as session:
         columns = (col(ReviewItem.id), col(ReviewItem.state), col(ReviewItem.task_id), col(ReviewItem.score))
         rows = await session.execute(select(*columns).where(col(ReviewItem.project) == project))
-        items = [_Item(*row) for row in rows.tuples()]
+        items = [_Item(*row) for row in rows.all()]
         annotations = await session.execute(
             select(Annotation.item_id, Annotation.annotation_id, Annotation.updated_at).where(
                 col(Annotation.labelling_project) == server_project, col(Annotation.deleted).is_(False)
             )
         )
         known: dict[str, dict[int, datetime]] = {}
-        for item_id, annotation_id, updated_at in annotations.tuples():
+        for item_id, annotation_id, updated_at in annotations.all():
             known.setdefault(item_id, {})[annotation_id] = updated_at
         return {item.id: item for item in items}, known
 
