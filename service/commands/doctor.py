@@ -22,7 +22,7 @@ from loop.adapter_files import base_digest, read_base_config
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
 from loop.vllm import Replica
-from service.children import DataDirLock
+from service.data_dir import DataDirLock
 from service.health import database_check
 from service.settings import Settings, load
 

@@ -14,7 +14,7 @@ import httpx
 
 from labeling.errors import InvalidInput, NightschoolError, Unavailable
 from service import installation
-from service.children import DataDirLock
+from service.data_dir import DataDirLock
 from service.settings import Settings, load
 from service.stack import Stack
 

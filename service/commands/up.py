@@ -16,7 +16,7 @@ import structlog
 from labeling.errors import InvalidInput
 from loop.aliases import NoGateway
 from service import installation, logging
-from service.children import DataDirLock
+from service.data_dir import DataDirLock
 from service.installation import Installation
 from service.settings import Settings, load
 from service.stack import Stack, start_stack
