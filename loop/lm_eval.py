@@ -97,6 +97,7 @@ def _key(harness: Harness, model: Served, task: TaskSettings, files: str) -> dic
         "max_length": harness.max_length,
         "task": task.name,
         "metric": task.metric,
+        "kind": task.kind,
         "files": files,
     }
 
@@ -116,7 +117,8 @@ async def _measure(
     spec = {
         "url": harness.url,
         "served": [model.name for model in models],
-        "metrics": {task.name: task.metric for task in tasks},
+        "generated": {task.name: task.metric for task in tasks if task.kind == "generate_until"},
+        "ranked": {task.name: task.metric for task in tasks if task.kind == "multiple_choice"},
         "tokenizer": str(harness.base_dir.resolve()),
         "include": str(_copied(tasks, harness.folder / "tasks").resolve()),
         "max_length": harness.max_length,

@@ -27,12 +27,13 @@ REQUESTS_AT_ONCE = 2
 
 
 class Spec(BaseModel):
-    """What `loop.lm_eval` asks for; `metrics` maps each task to the metric that is its score."""
+    """What `loop.lm_eval` asks for. `generated` and `ranked` map each task to the metric that is its score."""
 
     model_config = ConfigDict(extra="forbid")
     url: str
     served: list[str]
-    metrics: dict[str, str]
+    generated: dict[str, str]  # asked in the chat template, as apps do
+    ranked: dict[str, str]  # by log-probability of plain text: a third of the tokens, each of which costs a softmax
     tokenizer: Path
     include: Path
     max_length: int
@@ -65,13 +66,19 @@ def main() -> int:
 def run(spec: Spec) -> None:
     manager = TaskManager(include_path=str(spec.include), include_defaults=False)
     for index, served in enumerate(spec.served):
-        samples = _evaluate(spec, served, manager)
-        rows = {task: _rows(samples[task], metric) for task, metric in spec.metrics.items()}
+        rows = {
+            **_evaluate(spec, served, spec.generated, manager, chat=True),
+            **_evaluate(spec, served, spec.ranked, manager, chat=False),
+        }
         write_durably(spec.out / f"{index}.json", canonical_json(rows))
 
 
-def _evaluate(spec: Spec, served: str, manager: TaskManager) -> dict[str, list[dict[str, Any]]]:
-    """The chat template is put on here and sent as tokens: one run scores generated and ranked answers alike."""
+def _evaluate(
+    spec: Spec, served: str, metrics: dict[str, str], manager: TaskManager, *, chat: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The template is put on here and sent as tokens, over one endpoint for both kinds."""
+    if not metrics:
+        return {}
     result = simple_evaluate(
         model="local-completions",
         model_args={
@@ -85,21 +92,22 @@ def _evaluate(spec: Spec, served: str, manager: TaskManager) -> dict[str, list[d
             "max_length": spec.max_length,
             "timeout": spec.timeout_seconds,
         },
-        tasks=list(spec.metrics),
+        tasks=list(metrics),
         task_manager=manager,
         batch_size=PROMPTS_A_REQUEST,
-        apply_chat_template=True,
+        apply_chat_template=chat,
         log_samples=True,
         bootstrap_iters=0,
         use_cache=None,
     )
     assert result is not None
-    samples: dict[str, list[dict[str, Any]]] = result["samples"]
-    for task in spec.metrics:
-        whole = result["n-samples"][task]["original"]
-        if len(samples[task]) != whole:
-            raise ValueError(f"task {task} has {whole} items, but {len(samples[task])} were scored")
-    return samples
+    rows = {}
+    for task, metric in metrics.items():
+        samples, whole = result["samples"][task], result["n-samples"][task]["original"]
+        if len(samples) != whole:
+            raise ValueError(f"task {task} has {whole} items, but {len(samples)} were scored")
+        rows[task] = _rows(samples, metric)
+    return rows
 
 
 def _rows(samples: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
