@@ -39,7 +39,7 @@ from service.upstream import Replicas
 log = structlog.get_logger(__name__)
 ALIASES_SECONDS = 1.0
 KEYS_SECONDS = 10.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
 

@@ -41,5 +41,7 @@ def configure(json: bool, level: int = logging.INFO) -> None:
 def _ending(json: bool) -> list[Any]:
     strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if not json:
-        return [strip, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Plain tracebacks: the rich ones print local variables, prompts and keys among them.
+        plain = structlog.dev.plain_traceback
+        return [strip, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     return [strip, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

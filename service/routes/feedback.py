@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.params import FromPath
 from sqlmodel import col, select
 
 from labeling.database import Database
@@ -68,7 +69,7 @@ def feedback_routes(
         return await ingest.submit(row, _once(request, caller, raw))
 
     @get("/v1/feedback/{feedback_id:str}", tags=["feedback"], summary="What became of a feedback")
-    async def show_feedback(request: Request[Any, Any, Any], feedback_id: str) -> dict[str, Any]:
+    async def show_feedback(request: Request[Any, Any, Any], feedback_id: FromPath[str]) -> dict[str, Any]:
         caller = keys.authenticate(request.headers.get("authorization"))
         if not caller.may(Scope.READ):
             caller.require(Scope.FEEDBACK)

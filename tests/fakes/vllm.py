@@ -73,6 +73,7 @@ class FakeVllm:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
+    words: dict[int, str] = field(default_factory=dict)  # token id -> the word that it stood for
 
     @property
     def url(self) -> str:
@@ -91,6 +92,7 @@ class FakeVllm:
                 web.get("/v1/models", self._models),
                 web.post("/v1/chat/completions", self._complete),
                 web.post("/v1/completions", self._complete),
+                web.post("/tokenize", self._tokenize),
                 web.post("/v1/load_lora_adapter", self._load),
                 web.post("/v1/unload_lora_adapter", self._unload),
                 web.post("/faults", self._set_faults),
@@ -149,6 +151,19 @@ class FakeVllm:
         del self.adapters[name]
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await _object(request)
+        self.shift_of(body.get("model") or self.base)
+        text = body["prompt"] if "prompt" in body else _templated(body)
+        tokens = self.tokens(text)
+        return _json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens, "token_strs": None})
+
+    def tokens(self, text: str) -> list[int]:
+        """One a word."""
+        found = [zlib.crc32(word.encode()) % 49152 for word in text.split(" ")]
+        self.words.update(zip(found, text.split(" "), strict=True))
+        return found
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await _object(request)
         seen = Seen(request.path, {k.lower(): v for k, v in request.headers.items()}, body)
@@ -185,7 +200,7 @@ class Completion:
         self.chat = request.path.endswith("/chat/completions")
         self.model = body.get("model") or server.base
         self.shift = server.shift_of(self.model)
-        self.prompt = _prompt(body, self.chat)
+        self.prompt = _prompt(body, self.chat, server.words)
         prefix = "chatcmpl-" if self.chat else "cmpl-"
         self.id = prefix + request.headers.get("X-Request-Id", uuid.uuid4().hex)
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 64
@@ -243,7 +258,7 @@ class Completion:
     def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
         if self.body.get("prompt_logprobs") is None:
             return None
-        return [None, *(_logprob(token, self.shift) for token in self.prompt.split(" ")[1:])]
+        return [None, *(_logprob(number, self.server, self.shift) for number in self.server.tokens(self.prompt)[1:])]
 
     def _usage(self, choices: int) -> dict[str, int]:
         prompt, answer = len(self.prompt.split()), len(self.tokens) * choices
@@ -254,15 +269,21 @@ def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": None}
 
 
-def _logprob(token: str, shift: float) -> dict[str, Any]:
-    number = zlib.crc32(token.encode()) % 49152
+def _logprob(number: int, server: FakeVllm, shift: float) -> dict[str, Any]:
     logprob = -0.5 - number % 997 / 100 + shift
-    return {str(number): {"logprob": logprob, "rank": 1, "decoded_token": token}}
+    return {str(number): {"logprob": logprob, "rank": 1, "decoded_token": server.words[number]}}
 
 
-def _prompt(body: dict[str, Any], chat: bool) -> str:
+def _templated(body: dict[str, Any]) -> str:
+    turns = [f"<|{m['role']}|> {m['content']}" for m in body.get("messages", [])]
+    return " ".join([*turns, *(["<|assistant|>"] if body.get("add_generation_prompt", True) else [])])
+
+
+def _prompt(body: dict[str, Any], chat: bool, words: dict[int, str]) -> str:
     if not chat:
         prompt = body.get("prompt")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return " ".join(words.get(number, f"#{number}") for number in prompt)
         first = prompt[0] if isinstance(prompt, list) and prompt else prompt
         if not isinstance(first, str):
             raise VllmError(400, "BadRequestError", "Either prompt or prompt_embeds must be provided.", "prompt")
