@@ -75,7 +75,7 @@ def as_result(opinion: Opinion) -> list[dict[str, Any]]:
 
 def read_result(result: list[dict[str, Any]]) -> Opinion:
     """Anybody with a token can write any result: parts that the screen could not have made are passed over."""
-    values = {part.get("from_name"): part.get("value") for part in result if isinstance(part, dict)}
+    values = {str(part.get("from_name")): part.get("value") for part in result if isinstance(part, dict)}
     verdicts = _strings(values.get("verdict"), "choices")
     lines = "\n".join(_strings(values.get("must_contain"), "text")).splitlines()
     return Opinion(
