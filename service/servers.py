@@ -1,0 +1,189 @@
+"""How each managed server is started and when it is ready: vLLM, Label Studio, MLflow; offline, on 127.0.0.1 only."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from pydantic import SecretStr
+
+from labeling.settings import LabelStudioSettings
+from loop.engine_process import engine_command, engine_environment
+from loop.settings import EngineSettings
+from service.children import Child, ServerFailed
+from service.secret_files import kept_secret
+
+HOST = "127.0.0.1"
+LABEL_STUDIO_START_SECONDS = 300.0  # the first start migrates its database: 36 s on two free cores
+MLFLOW_START_SECONDS = 180.0
+CHECK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """One managed server: a command that answers GET `health` with 200 once it works."""
+
+    name: str
+    url: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(repr=False)
+    folder: Path
+    health: str
+    start_seconds: float
+    cure: str
+
+    def start(self, log_dir: Path) -> Child:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Child.start(
+            self.name,
+            self.command,
+            environment=self.environment,
+            cwd=self.folder,
+            log_path=log_dir.resolve() / f"{self.name}.log",
+        )
+
+    async def wait_ready(self, child: Child) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=CHECK_SECONDS, trust_env=False) as client:
+
+            async def answers() -> bool:
+                try:
+                    return (await client.get(self.health)).status_code == httpx.codes.OK
+                except httpx.TransportError:
+                    return False
+
+            await child.wait_ready(answers, self.start_seconds, self.cure)
+
+
+@dataclass(frozen=True)
+class LabelStudioLogin:
+    """Of the managed server's first user. Label Studio takes it at its first start only, so it is kept from then on."""
+
+    username: str
+    password: str = field(repr=False)
+    token: str = field(repr=False)
+    secret_key: str = field(repr=False)
+
+    @classmethod
+    def kept(cls, settings: LabelStudioSettings, folder: Path) -> LabelStudioLogin:
+        """In files of `folder`; what the settings do not give is random."""
+
+        def value(name: str, given: SecretStr | None) -> str:
+            return kept_secret(folder / f"label_studio_{name}", given.get_secret_value() if given else _random())
+
+        return cls(
+            username=kept_secret(folder / "label_studio_username", settings.username),
+            password=value("password", settings.password),
+            token=value("token", settings.token),
+            secret_key=value("secret_key", None),
+        )
+
+
+def vllm(settings: EngineSettings, base_dir: Path, base_name: str, port: int, folder: Path) -> Server:
+    return Server(
+        name="vllm",
+        url=f"http://{HOST}:{port}",
+        command=tuple(engine_command(settings, base_dir, base_name, port)),
+        environment=engine_environment(settings),
+        folder=folder,
+        health="/health",
+        start_seconds=settings.start_timeout_seconds,
+        cure="Check [vllm] and base_dir; with a slow disk or processor raise vllm.start_timeout_seconds.",
+    )
+
+
+def label_studio(settings: LabelStudioSettings, login: LabelStudioLogin, port: int, folder: Path) -> Server:
+    """The login travels in the environment: every user of the machine can read a command line."""
+    url = f"http://{HOST}:{port}"
+    environment = {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(folder),
+        "LABEL_STUDIO_HOST": url,
+        "LABEL_STUDIO_USERNAME": login.username,
+        "LABEL_STUDIO_PASSWORD": login.password,
+        "LABEL_STUDIO_USER_TOKEN": login.token,
+        "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+        "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
+        "SECRET_KEY": login.secret_key,
+        "DJANGO_DB": "sqlite",
+        "DEBUG": "false",
+        "COLLECT_ANALYTICS": "false",
+        "LATEST_VERSION_CHECK": "false",
+        "FEATURE_FLAGS_OFFLINE": "true",
+        "SSRF_PROTECTION_ENABLED": "true",
+        "SENTRY_DSN": "",
+        "FRONTEND_SENTRY_DSN": "",
+        "USE_NLTK": "0",
+    }
+    command = (label_studio_command(settings), "start", "--no-browser", "--data-dir", str(folder))
+    address = ("--internal-host", HOST, "--port", str(port))
+    return Server(
+        name="label-studio",
+        url=url,
+        command=(*command, *address, "--enable-legacy-api-token", "--log-level", "WARNING"),
+        environment=environment,
+        folder=folder,
+        health="/health",
+        start_seconds=LABEL_STUDIO_START_SECONDS,
+        cure="Run `make setup` again if its environment is broken; its data lie in label-studio/ of the data_dir.",
+    )
+
+
+def mlflow(port: int, folder: Path) -> Server:
+    store = ("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--serve-artifacts")
+    return Server(
+        name="mlflow",
+        url=f"http://{HOST}:{port}",
+        command=(
+            *(sys.executable, "-m", "mlflow", "server", *store, "--artifacts-destination", str(folder / "artifacts")),
+            *("--host", HOST, "--port", str(port), "--workers", "1"),
+        ),
+        environment={
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "GIT_PYTHON_REFRESH": "quiet",
+        },
+        folder=folder,
+        health="/health",
+        start_seconds=MLFLOW_START_SECONDS,
+        cure="Install the extra nightschool[registry-server], or give [mlflow] the url of an existing server.",
+    )
+
+
+def label_studio_command(settings: LabelStudioSettings) -> str:
+    """The configured one, or that of .venv-label-studio beside our environment or the checkout, or the one on PATH."""
+    if settings.command:
+        return settings.command
+    beside = (Path(sys.prefix).parent, Path(__file__).resolve().parent.parent)
+    for folder in beside:
+        found = folder / ".venv-label-studio" / "bin" / "label-studio"
+        if found.exists():
+            return str(found)
+    on_path = shutil.which("label-studio")
+    if on_path is None:
+        raise ServerFailed(
+            "label-studio is not installed",
+            hint="Run `make setup`, or name the executable in label_studio.command, or give the url of a server.",
+        )
+    return on_path
+
+
+def free_ports(count: int) -> list[int]:
+    """All held at the same time, so that they differ."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _random() -> str:
+    return secrets.token_hex(20)
