@@ -1,0 +1,41 @@
+"""The migrated schema is the one that the code declares, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, inspect
+from sqlmodel import SQLModel
+
+from labeling.database import Database
+from service.migrations import upgrade
+
+
+def differences(connection: Connection) -> list[Any]:
+    context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+    return list(compare_metadata(context, SQLModel.metadata))
+
+
+def unique_columns(connection: Connection) -> dict[str, set[tuple[str, ...]]]:
+    """Alembic does not compare unnamed unique constraints on SQLite: our form of "once" rests on them."""
+    found = inspect(connection)
+    return {
+        table: {tuple(sorted(c["column_names"])) for c in found.get_unique_constraints(table)}
+        for table in found.get_table_names()
+        if table != "alembic_version"
+    }
+
+
+async def test_migrated_is_declared(database: Database) -> None:
+    """No difference in tables, columns, types, indexes and unique keys; a second upgrade changes nothing."""
+    async with database.engine.begin() as connection:
+        declared = await connection.run_sync(unique_columns)
+        await connection.run_sync(SQLModel.metadata.drop_all)
+    for _ in range(2):
+        await asyncio.to_thread(upgrade, database.url)
+    async with database.engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
+        assert await connection.run_sync(unique_columns) == declared
