@@ -65,7 +65,12 @@ def decide(
     seconds_an_answer: Mapping[str, float],
     settings: GateSettings,
 ) -> GateVerdict:
-    """`expected` names every family that must be there, with its number of items where that is known."""
+    """`expected` names every family that must be there, with its number of items where that is known.
+
+    An adapter without effect need not be examined: that finding stands without families.
+    """
+    if applied is False and not families:
+        return _verdict((), _not_applied(applied), ())
     broken = _evidence(families, expected, applied)
     if broken:
         return _verdict((), broken, ())

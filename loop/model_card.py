@@ -11,7 +11,7 @@ def model_card(facts: NightFacts, evidence_hash: str) -> str:
     lines = [
         f"**{WORDS[verdict.state]}** (night {facts.date}): {verdict.reason}.",
         "",
-        family_table(verdict) if verdict.families else "No numbers: the evidence is incomplete.",
+        family_table(verdict) if verdict.families else "No numbers: nothing was judged.",
         "",
         f"{regressions} regressions. Compared with `{facts.evaluated.current}`; margin {facts.gate.margin_points:g} "
         "points.",

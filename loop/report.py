@@ -130,7 +130,7 @@ def _next_step(facts: NightFacts) -> str:
 
 def _table(facts: NightFacts) -> str:
     if not facts.verdict.families:
-        return "No numbers: the evidence is incomplete, so none of it was judged."
+        return "No numbers: nothing was judged."
     gate = facts.gate
     text = (
         f"## Before and after\n\n{family_table(facts.verdict)}\n\n"

@@ -61,6 +61,14 @@ def test_a_copy_of_the_current_model_is_called_not_applied() -> None:
     assert verdict.reason.startswith("not applied")
 
 
+def test_a_candidate_without_effect_need_not_be_examined() -> None:
+    """The finding stands without families; with an effect, missing families are incomplete evidence."""
+    for applied, says in ((False, "not applied"), (True, "incomplete"), (None, "incomplete")):
+        verdict = decide([], {"trained": 24}, applied=applied, seconds_an_answer={}, settings=DEMO)
+        assert not verdict.passed
+        assert says in verdict.reason
+
+
 def test_no_difference_from_base_is_called_something_went_wrong() -> None:
     """Applied, and yet not one flagged prompt scores otherwise than with the base."""
     verdict = judge(night(trained=family("trained", 24), held_out=family("held_out", 48)))
