@@ -160,7 +160,7 @@ def _silent(families: Sequence[Family]) -> list[Finding]:
 def _not_applied(applied: bool | None) -> list[Finding]:
     if applied:
         return []
-    reason = "not applied: the candidate's log-probabilities are the base's own"
+    reason = "not applied: the candidate's log-probabilities are the base's own, within the noise"
     return [Finding("not applied", NightState.REJECTED, reason)]
 
 
