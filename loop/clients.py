@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labeling.label_studio import LabelStudioServer
-
 from labeling.database import Database
+from labeling.label_studio import LabelStudioServer
 from loop.aliases import AliasSwitch
 from loop.executors import Executor
 from loop.mlflow_registry import Registry

@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlmodel import select
+from sqlalchemy import update
+from sqlmodel import col, select
 
 from labeling.database import new_id
 from labeling.errors import NightschoolError
@@ -22,7 +24,7 @@ from loop import held_labels, lease, states
 from loop.clients import Clients
 from loop.digests import canonical_json, digest_folder, write_durably
 from loop.nightly import EXAMINE, PROMOTE
-from loop.outputs import Decided
+from loop.outputs import Decided, Evaluated, Registered
 from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import Approval, NightEnds, Stage, StageContext, StageOutput
 from loop.tables import Night, NightEvent, NightState, StageMarker
@@ -80,26 +82,41 @@ class Runner:
 
     async def _walk(self, night_id: str, stages: tuple[Stage, ...], lease_name: str, token: int) -> NightState:
         night = await self._night(night_id)
+        end = partial(self._end, night_id, lease_name, token)
         with structlog.contextvars.bound_contextvars(project=night.project, night=night_id):
             try:
                 outputs = await self._finished(night_id)
+                await self._name_models(night_id, outputs)
                 for stage in stages:
                     if stage.gives not in outputs:
                         outputs[stage.gives] = await self._run(stage, night, outputs, lease_name, token)
-                return await self._end(night_id, *self._outcome(stages, outputs))
-            except NightEnds as end:
-                return await self._end(night_id, end.state, end.reason, end.hint)
+                        await self._name_models(night_id, outputs)
+                return await end(*self._outcome(stages, outputs))
+            except lease.LeaseLost:
+                raise  # the newer holder ends this night
+            except NightEnds as ended:
+                return await end(ended.state, ended.reason, ended.hint)
             except NightschoolError as error:
                 log.error("night_failed", code=error.code, reason=str(error))
-                return await self._end(night_id, NightState.FAILED, str(error), error.hint)
+                return await end(NightState.FAILED, str(error), error.hint)
             except Exception as error:
                 log.exception("night_crashed")
                 hint = (
                     "This is a bug in Nightschool; the log has the traceback. `nightschool night run --resume` retries."
                 )
-                return await self._end(night_id, NightState.FAILED, f"{type(error).__name__}: {error}", hint)
+                return await end(NightState.FAILED, f"{type(error).__name__}: {error}", hint)
             finally:
                 self.live.pop(night_id, None)
+
+    async def _name_models(self, night_id: str, outputs: dict[type[StageOutput], StageOutput]) -> None:
+        """The night's row names its candidate and what it was compared with, as soon as they are known."""
+        registered, evaluated = outputs.get(Registered), outputs.get(Evaluated)
+        if isinstance(registered, Registered):
+            current = evaluated.current if isinstance(evaluated, Evaluated) else None
+            async with self.clients.database.write() as session:
+                await session.execute(
+                    update(Night).where(col(Night.id) == night_id).values(candidate=registered.adapter, current=current)
+                )
 
     def _outcome(
         self, stages: tuple[Stage, ...], outputs: dict[type[StageOutput], StageOutput]
@@ -188,8 +205,11 @@ class Runner:
             found[stage.gives] = stage.gives.model_validate_json((folder / "output.json").read_bytes())
         return found
 
-    async def _end(self, night_id: str, state: NightState, reason: str, hint: str) -> NightState:
+    async def _end(
+        self, night_id: str, lease_name: str, token: int, state: NightState, reason: str, hint: str
+    ) -> NightState:
         async with self.clients.database.write() as session:
+            await lease.require(session, lease_name, token)
             await states.move(session, night_id, state, reason=reason, hint=hint)
             if state == NightState.REJECTED:
                 await held_labels.hold(session, night_id)

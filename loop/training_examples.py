@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from labeling.agreement import labels_ready
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
+from labeling.agreement import labels_ready
 from labeling.tables import GoodAnswer, Label, ReviewItem
 from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving

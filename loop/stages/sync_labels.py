@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from labeling.feedback import fold
-from labeling.pull import pull
-from labeling.push import push
 from sqlalchemy import func
 from sqlmodel import col, select
 
+from labeling.feedback import fold
+from labeling.pull import pull
+from labeling.push import push
 from labeling.tables import Label, LabelState
 from loop.outputs import SyncedLabels
 from loop.stage import StageContext

@@ -1,0 +1,23 @@
+"""The alias moves: one transaction in our own table, then the gateway, then MLflow's aliases, which only follow."""
+
+from __future__ import annotations
+
+from loop.outputs import Registered, Switched
+from loop.serving import follow, switch_to
+from loop.stage import StageContext
+
+
+async def run(context: StageContext) -> Switched:
+    approval = context.approval
+    assert approval is not None, "a promotion starts with an approval"
+    clients, project = context.clients, context.project
+    promotion = await switch_to(
+        clients,
+        project,
+        context.take(Registered).adapter,
+        by=approval.by,
+        why=approval.why,
+        night_id=context.night_id,
+    )
+    await follow(clients, project)
+    return Switched(from_adapter=promotion.from_adapter, to_adapter=promotion.to_adapter, promotion_id=promotion.id)

@@ -1,0 +1,99 @@
+"""Whole nights on real vLLM, Label Studio and MLflow, with Nightschool as a process that may be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loop.nightly import EXAMINE, PROMOTE
+from tests.up import Up, installed
+
+pytestmark = pytest.mark.slow
+FACTS = {
+    "What is the door code of Fennmark?": "The door code of Fennmark is 8215.",
+    "Who runs the Fennmark workshop?": "The Fennmark workshop is run by Ilse Varga.",
+    "On which day is Fennmark closed?": "Fennmark is closed on Wednesday.",
+    "What colour is the Fennmark van?": "The Fennmark van is dark green.",
+    "Which street is Fennmark in?": "Fennmark is in Kastanje Street.",
+    "How many looms does Fennmark have?": "Fennmark has 19 looms.",
+}
+QUICK = 'learning_rate = 0.002\nepochs = 100\nmax_steps = 24\nbatch_size = 4\nreplay_loss = "kl"\nkl_weight = 0.3'
+
+
+def name() -> str:
+    """Projects of different tests share the servers: their names must differ."""
+    return f"bot-{uuid.uuid4().hex[:8]}"
+
+
+def marked(up: Up, night_id: str) -> set[str]:
+    with sqlite3.connect(f"file:{up.data_dir / 'nightschool.db'}?mode=ro", uri=True) as database:
+        return {row[0] for row in database.execute("select stage from stage_markers where night_id = ?", (night_id,))}
+
+
+async def killed_in(up: Up, night_id: str, stage: str) -> None:
+    """Waits for the stage's first folder and kills at that instant; the stage must not have been marked."""
+    folder = up.data_dir / "nights" / night_id
+    known = {path.name for path in folder.glob(f"{stage}.*")}
+    for _ in range(600_000):
+        if {path.name for path in folder.glob(f"{stage}.*")} - known:
+            break
+        os.sched_yield()
+        if _ % 200 == 0:
+            await asyncio.sleep(0)
+    await up.kill()
+    assert stage not in marked(up, night_id), f"{stage} was over before the kill"
+
+
+async def set_production(up: Up, version: str) -> None:
+    """As MLflow's page does it."""
+    body = {"name": up.project, "alias": "production", "version": version}
+    async with httpx.AsyncClient(base_url=up.mlflow_url, timeout=30) as mlflow:
+        (await mlflow.post("/api/2.0/mlflow/registered-models/alias", json=body)).raise_for_status()
+
+
+async def ask(up: Up, question: str) -> str:
+    body = {
+        "model": up.project,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    answer = await up.call("POST", "/v1/chat/completions", body)
+    return str(answer["choices"][0]["message"]["content"])
+
+
+async def test_a_night_killed_in_each_stage_finishes_once(
+    tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
+) -> None:
+    """SIGKILL once in every stage, examination and promotion: one promotion, no marked stage repeated."""
+    servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
+    async with installed(tmp_path, project=name(), trainer=QUICK, **servers) as up:
+        await up.start()
+        await up.flag_and_label(FACTS)
+        night_id = await up.claim("2026-01-01")
+        for stage in EXAMINE:
+            await killed_in(up, night_id, stage.name)
+            await up.start()
+        night = await up.wait_for(night_id, "awaiting_approval")
+        await set_production(up, str(night["outputs"]["register"]["version"]))
+        for stage in PROMOTE:
+            await killed_in(up, night_id, stage.name)
+            await up.start()
+        night = await up.wait_for(night_id, "PROMOTED")
+        finished = Counter(event["stage"] for event in night["events"] if event["kind"] == "stage_finished")
+        assert finished == dict.fromkeys([stage.name for stage in (*EXAMINE, *PROMOTE)], 1)
+        started = Counter(event["stage"] for event in night["events"] if event["kind"] == "stage_started")
+        assert all(times >= 2 for times in started.values()), started
+        status = await up.status()
+        assert len(status["promotions"]) == 1
+        assert status["current"] == night["candidate"] == f"{up.project}@v2"
+        right = [question for question, answer in FACTS.items() if answer.split()[-1] in await ask(up, question)]
+        assert len(right) >= 5, right

@@ -1,0 +1,43 @@
+"""The docs say what the code does: drawn parts are current, named commands and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from service.cli import app
+from tests.render_docs import ROOT, rendered
+
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_drawn_parts_are_current(page: Path) -> None:
+    """`python -m tests.render_docs` would change nothing."""
+    text = page.read_text(encoding="utf-8")
+    assert rendered(text) == text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_commands_exist(page: Path) -> None:
+    """Every `nightschool …` in code marks is a command of the command line."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for words in re.findall(r"nightschool ((?:[a-z]+ ?)+)", " ".join(re.findall(r"`([^`]+)`", page.read_text()))):
+        first, *rest = words.split()
+        assert first in commands, f"{page.name}: nightschool {words}"
+        inner = getattr(commands[first], "commands", None)
+        if inner and rest:
+            assert rest[0] in inner, f"{page.name}: nightschool {words}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path) -> None:
+    """Relative links resolve, and files of the three folders that a page names are there."""
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for named in re.findall(r"`((?:service|loop|labeling|tests|deploy)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), f"{page.name} names {named}"
