@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -48,7 +49,7 @@ class Worker:
             "reconcile": (RECONCILE_SECONDS, self.reconcile),
         }
         for project in configured.values():
-            every[f"labels:{project.name}"] = (project.labeling.poll_seconds, _Sync(self, project))
+            every[f"labels:{project.name}"] = (project.labeling.poll_seconds, partial(self.sync_labels, project))
         self.scheduler = schedule.build_scheduler(configured, self._due, every)
         self.scheduler.start()
         self._spawn(self._nights(), "nights")
@@ -155,14 +156,3 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("background_task_died", task=task.get_name(), exc_info=task.exception())
-
-
-@dataclass(frozen=True)
-class _Sync:
-    """One project's label sync as a job of no arguments."""
-
-    worker: Worker
-    project: ProjectSettings
-
-    async def __call__(self) -> None:
-        await self.worker.sync_labels(self.project)
