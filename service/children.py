@@ -81,6 +81,7 @@ class Child:
     async def ended(self) -> int:
         while (status := self.returncode) is None:  # noqa: ASYNC110  # nobody tells us: the child is bound to no loop
             await asyncio.sleep(POLL_SECONDS)
+        self._let_go()
         return status
 
     async def wait_ready(self, check: Check, timeout_seconds: float, cure: str = "") -> None:
@@ -106,8 +107,12 @@ class Child:
         """Returns at once."""
         if self.returncode is None:
             self._watchdog.send_signal(signal.SIGTERM)
-        if self._watchdog.stdin is not None:
-            self._watchdog.stdin.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Closes the pipe: a watchdog that still runs ends its command, as if we were gone."""
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
 
     def last_lines(self) -> str:
         """The end of the log, on one line, and where the rest is."""
