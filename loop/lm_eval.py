@@ -134,10 +134,10 @@ async def _measure(
         log_path=harness.folder / "lm_eval.log",
         environment={
             "OPENAI_API_KEY": harness.api_key or "none",
-            "HF_DATASETS_CACHE": str((harness.folder / "datasets").resolve()),
+            "HF_HOME": str((harness.folder / "huggingface").resolve()),
         },
     )
-    shutil.rmtree(harness.folder / "datasets", ignore_errors=True)
+    shutil.rmtree(harness.folder / "huggingface", ignore_errors=True)
     return {pair: rows for index, model in enumerate(models) for pair, rows in _read(out, index, model, tasks)}
 
 
