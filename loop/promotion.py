@@ -7,26 +7,24 @@ and the version is tagged with the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.database import now
-from labeling.errors import Conflict, NightschoolError, NotFound, Refused
+from labeling.errors import Conflict, NotFound, Refused, Unavailable
 from loop import approval, states
 from loop.clients import Clients
-from loop.serving import follow, get_adapter, get_serving, switch_to
+from loop.evidence_check import NoSuchNight, NotPromotable, require_promotable, why_stale, why_too_old
+from loop.mlflow_registry import ADAPTER_DIGEST
+from loop.reconcile import ensure_loaded
+from loop.serving import follow, get_adapter, get_serving, latest_promotion, switch_to
 from loop.settings import ProjectSettings
-from loop.tables import Adapter, Evidence, Night, NightState, Serving
+from loop.tables import Adapter, Evidence, Night, NightState
 
 log = structlog.get_logger()
 UNATTRIBUTED = "mlflow (unattributed)"
-
-
-class NotPromotable(Refused):
-    code = "not_promotable"
+REASON_TAG = "nightschool.not_promoted"
 
 
 class NoWayBack(Conflict):
@@ -47,111 +45,144 @@ class RollBackRequest:
     why: str
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """What our tables said at one moment; while a switch is not over, MLflow's aliases ask for nothing."""
+
+    current: str
+    promotion: str | None
+    settled: bool
+
+
 async def read_request(clients: Clients, project: ProjectSettings) -> ApprovalRequest | RollBackRequest | None:
     """One look at MLflow's aliases. A missing alias, or one on what serves already, asks for nothing."""
     await _expire(clients, project)
-    serving = await get_serving(clients, project.name)
-    version = (await clients.registry.aliases(project.name)).get("production")
-    current = await get_adapter(clients, serving.current)
-    if version == current.version or await _promoting(clients, project.name):
-        return None
-    if version is None:
+    before = await _standing(clients, project)
+    if before.settled:
+        version = (await clients.registry.aliases(project.name)).get("production")
+        # Read again: an alias read before a switch, compared with what serves after it, would look like a roll back.
+        if await _standing(clients, project) != before:
+            return None
+        if version == (await get_adapter(clients, before.current)).version:
+            return None
+        if version is not None:
+            return await _judge(clients, project, before.current, version)
+    if not await _promoting(clients, project.name):
         await follow(clients, project)
-        return None
-    try:
-        return await _as_request(clients, project, serving, version)
-    except NightschoolError as error:
-        await _put_back(clients, project, version, str(error))
-        return None
-
-
-async def _as_request(
-    clients: Clients, project: ProjectSettings, serving: Serving, version: int
-) -> ApprovalRequest | RollBackRequest:
-    if not project.approval.allow_unattributed:
-        raise NotPromotable("MLflow does not say who moved the alias, and this project wants a name")
-    adapter = await _adapter_of(clients, project, version)
-    why = "alias `production` moved in MLflow"
-    night = await _night_of(clients, adapter)
-    if adapter.name in (serving.previous, project.base_version):
-        forwards = night is not None and night.state == NightState.ROLLED_BACK
-        if not forwards:
-            return RollBackRequest(adapter.name, UNATTRIBUTED, why)
-    if night is None:
-        raise NotPromotable(f"{adapter.name} comes from no night")
-    await _promotable(clients, night)
-    return ApprovalRequest(night.id, UNATTRIBUTED, why)
+    return None
 
 
 async def approve(clients: Clients, project: ProjectSettings, night_id: str, *, by: str, why: str) -> None:
-    """Moves the night to `promoting`; a worker does the rest. Raises NotPromotable, WrongState."""
-    async with clients.database.read() as session:
-        night = await session.get(Night, night_id)
-    if night is None:
-        raise NotFound(f"no night {night_id!r}")
-    await _promotable(clients, night)
+    """Moves the night to `promoting`; a worker does the rest. Raises NotPromotable, NoSuchNight."""
     async with clients.database.write() as session:
+        await require_promotable(session, night_id)
         await approval.begin(session, night_id, by=by, why=why)
     log.info("approved", project=project.name, night=night_id, by=by, why=why)
 
 
-async def _promotable(clients: Clients, night: Night) -> None:
-    """Evidence of these very bytes, passed, and gathered against what serves now."""
-    if night.state not in (NightState.AWAITING_APPROVAL, NightState.ROLLED_BACK):
-        raise NotPromotable(f"night {night.id} is {night.state}: only one that awaits approval can be promoted")
-    async with clients.database.read() as session:
-        evidence = await session.get(Evidence, night.id)
-        serving = await session.get(Serving, night.project)
-        adapter = await session.get(Adapter, evidence.adapter) if evidence else None
-    if evidence is None or adapter is None or not evidence.passed:
-        raise NotPromotable(f"night {night.id} has no evidence that passed")
-    if adapter.digest != evidence.adapter_digest:
-        raise NotPromotable(f"{adapter.name} is not the adapter that was examined")
-    if serving is None or serving.current != evidence.current:
-        current = serving.current if serving else "nothing"
-        raise NotPromotable(f"{adapter.name} was examined against {evidence.current}, but {current} serves now")
-
-
 async def refuse(clients: Clients, project: ProjectSettings, night_id: str, *, by: str, why: str) -> None:
     async with clients.database.write() as session:
-        await states.move(session, night_id, NightState.REFUSED, reason=f"refused by {by}: {why or 'no reason given'}")
         night = await session.get(Night, night_id)
+        if night is None:
+            raise NoSuchNight(f"no night {night_id!r}")
+        await states.move(session, night_id, NightState.REFUSED, reason=f"refused by {by}: {why or 'no reason given'}")
+    log.info("refused", project=project.name, night=night_id, by=by, why=why)
     await _withdraw_candidate(clients, project, night)
 
 
 async def roll_back(clients: Clients, project: ProjectSettings, *, by: str, why: str, to: str | None = None) -> None:
     """`previous` is loaded, so this takes one look at each replica and a switch. Also to the base, always."""
     serving = await get_serving(clients, project.name)
-    target = to or serving.previous
-    if target is None or target == serving.current:
-        raise NoWayBack(f"project {project.name!r} has nothing to roll back to; {serving.current} serves")
-    if target not in (serving.previous, project.base_version):
-        raise NoWayBack(
-            f"{target} is neither the previous adapter nor the base",
-            hint=f"Roll back to {serving.previous} or {project.base_version}.",
-        )
-    adapter = await get_adapter(clients, target)
-    await _loaded_everywhere(clients, project, adapter)
-    leaving = await _night_of(clients, await get_adapter(clients, serving.current))
-    await switch_to(clients, project, target, by=by, why=why or "roll back", night_id=leaving.id if leaving else None)
-    if leaving is not None and leaving.state == NightState.PROMOTED:
-        async with clients.database.write() as session:
-            await states.move(session, leaving.id, NightState.ROLLED_BACK, reason=f"rolled back by {by}: {why}")
+    current = await get_adapter(clients, serving.current)
+    target = await _way_back(clients, project, current, to or serving.previous)
+    await _load_where_possible(clients, project, target)
+    night = await _night_of(clients, current)
+    await switch_to(
+        clients,
+        project,
+        target.name,
+        expected=current.name,
+        by=by,
+        why=why or "roll back",
+        night_id=night.id if night else None,
+        rolls_back=night is not None and night.state == NightState.PROMOTED,
+    )
     await follow(clients, project)
 
 
-async def _loaded_everywhere(clients: Clients, project: ProjectSettings, adapter: Adapter) -> None:
-    name = project.served_name(adapter.name)
+async def _load_where_possible(clients: Clients, project: ProjectSettings, target: Adapter) -> None:
+    """A replica that is down must not stop a roll back: it gets the adapter when it is back, from `reconcile`."""
+    down: list[Unavailable] = []
     for replica in clients.replicas:
-        if name not in await replica.models():
-            if adapter.folder is None:
-                raise NoWayBack(f"{replica.url} does not serve the base {name!r}")
-            await replica.load(name, Path(adapter.folder))
+        try:
+            await ensure_loaded(replica, project, target)
+        except Unavailable as error:
+            log.warning("replica_skipped", replica=replica.url, code=error.code, reason=str(error))
+            down.append(error)
+    if len(down) == len(clients.replicas):
+        raise down[0]
+
+
+async def _way_back(clients: Clients, project: ProjectSettings, current: Adapter, name: str | None) -> Adapter:
+    """The adapter to go back to: the base, or one that was promoted and is older than what serves."""
+    if name is None:
+        raise NoWayBack(f"project {project.name!r} has nothing to roll back to; {current.name} serves")
+    target = await get_adapter(clients, name)
+    night = await _night_of(clients, target)
+    proved = target.name == project.base_version or (night is not None and night.state == NightState.PROMOTED)
+    if target.project != project.name or target.version >= current.version or not proved:
+        raise NoWayBack(
+            f"{name} is no way back from {current.name}",
+            hint=f"Forwards is `approve`. Name an older, promoted adapter or the base: --to {project.base_version}.",
+        )
+    return target
+
+
+async def _judge(
+    clients: Clients, project: ProjectSettings, current: str, version: int
+) -> ApprovalRequest | RollBackRequest | None:
+    """Only what is certainly wrong is put back: an outside system that is down says nothing about the request."""
+    try:
+        return await _as_request(clients, project, current, version)
+    except (Refused, Conflict, NotFound) as error:
+        log.warning("alias_put_back", project=project.name, version=version, reason=str(error))
+        await follow(clients, project)
+        if await clients.registry.version_info(project.name, version) is not None:
+            await clients.registry.set_tags(project.name, version, {REASON_TAG: str(error)[:500]})
+        return None
+
+
+async def _as_request(
+    clients: Clients, project: ProjectSettings, current: str, version: int
+) -> ApprovalRequest | RollBackRequest:
+    if not project.approval.allow_unattributed:
+        raise NotPromotable("MLflow does not say who moved the alias, and this project wants a name")
+    adapter = await _adapter_of(clients, project, version)
+    why = f"alias `production` moved to version {version} in MLflow"
+    night = await _night_of(clients, adapter)
+    if night is None or night.state == NightState.PROMOTED:
+        await _way_back(clients, project, await get_adapter(clients, current), adapter.name)
+        return RollBackRequest(adapter.name, UNATTRIBUTED, why)
+    async with clients.database.read() as session:
+        await require_promotable(session, night.id)
+    return ApprovalRequest(night.id, UNATTRIBUTED, why)
+
+
+async def _adapter_of(clients: Clients, project: ProjectSettings, version: int) -> Adapter:
+    """Ours by number and, the base aside, by the digest that its tag carries."""
+    async with clients.database.read() as session:
+        query = select(Adapter).where(Adapter.project == project.name, Adapter.version == version)
+        row = (await session.execute(query)).scalar_one_or_none()
+    info = await clients.registry.version_info(project.name, version)
+    if row is None or info is None:
+        raise NotPromotable(f"version {version} was not registered by Nightschool, or is gone")
+    if row.folder is not None and info.tags.get(ADAPTER_DIGEST) != row.digest:
+        raise NotPromotable(f"version {version} carries another digest in MLflow than {row.name} has here")
+    return row
 
 
 async def _expire(clients: Clients, project: ProjectSettings) -> None:
     """A candidate that waited too long, is not the newest, or was examined against what serves no more."""
-    serving = await get_serving(clients, project.name)
     async with clients.database.read() as session:
         rows = await session.execute(
             select(Night)
@@ -159,44 +190,49 @@ async def _expire(clients: Clients, project: ProjectSettings) -> None:
             .order_by(col(Night.created_at).desc())
         )
         waiting = list(rows.scalars())
-        evidence = {night.id: await session.get(Evidence, night.id) for night in waiting}
-    for index, night in enumerate(waiting):
-        seen = evidence[night.id]
-        reason = None
-        if index > 0:
-            reason = f"night {waiting[0].date} has a newer candidate"
-        elif seen is not None and seen.current != serving.current:
-            reason = f"examined against {seen.current}, but {serving.current} serves now"
-        elif now() - night.created_at > timedelta(hours=project.approval.expires_hours):
-            reason = f"nobody decided within {project.approval.expires_hours:g} hours"
-        if reason is not None:
+        newest = waiting[0] if waiting else None
+        reasons = {night.id: await _why_expired(session, project, night, newest) for night in waiting}
+    for night in waiting:
+        if reason := reasons[night.id]:
             async with clients.database.write() as session:
                 await states.move(session, night.id, NightState.EXPIRED, reason=reason)
+            log.info("expired", project=project.name, night=night.id, reason=reason)
             await _withdraw_candidate(clients, project, night)
 
 
-async def _withdraw_candidate(clients: Clients, project: ProjectSettings, night: Night | None) -> None:
-    if night is None or night.candidate is None:
+async def _why_expired(
+    session: AsyncSession, project: ProjectSettings, night: Night, newest: Night | None
+) -> str | None:
+    if newest is not None and night is not newest:
+        return f"the night of {newest.date} has a newer candidate"
+    evidence = await session.get(Evidence, night.id)
+    if evidence is None:
+        return None
+    return await why_stale(session, night, evidence) or why_too_old(evidence, project.approval)
+
+
+async def _withdraw_candidate(clients: Clients, project: ProjectSettings, night: Night) -> None:
+    """The alias `candidate` goes when it stands on this night's version."""
+    if night.candidate is None:
         return
     adapter = await get_adapter(clients, night.candidate)
     if (await clients.registry.aliases(project.name)).get("candidate") == adapter.version:
         await clients.registry.delete_alias(project.name, "candidate")
 
 
-async def _put_back(clients: Clients, project: ProjectSettings, version: int, reason: str) -> None:
-    log.warning("alias_put_back", project=project.name, version=version, reason=reason)
-    await clients.registry.set_tags(project.name, version, {"nightschool.not_promoted": reason[:500]})
-    await follow(clients, project)
-
-
-async def _adapter_of(clients: Clients, project: ProjectSettings, version: int) -> Adapter:
+async def _standing(clients: Clients, project: ProjectSettings) -> _Standing:
+    serving = await get_serving(clients, project.name)
     async with clients.database.read() as session:
-        row = (
-            await session.execute(select(Adapter).where(Adapter.project == project.name, Adapter.version == version))
-        ).scalar_one_or_none()
-    if row is None:
-        raise NotPromotable(f"version {version} was not registered by Nightschool")
-    return row
+        promotion = await latest_promotion(session, project.name)
+    told = promotion is None or promotion.told
+    promoting = await _promoting(clients, project.name)
+    return _Standing(serving.current, promotion.id if promotion else None, told and not promoting)
+
+
+async def _promoting(clients: Clients, project: str) -> bool:
+    async with clients.database.read() as session:
+        query = select(Night.id).where(Night.project == project, col(Night.state) == NightState.PROMOTING).limit(1)
+        return (await session.execute(query)).first() is not None
 
 
 async def _night_of(clients: Clients, adapter: Adapter) -> Night | None:
@@ -204,11 +240,3 @@ async def _night_of(clients: Clients, adapter: Adapter) -> Night | None:
         return None
     async with clients.database.read() as session:
         return await session.get(Night, adapter.night_id)
-
-
-async def _promoting(clients: Clients, project: str) -> bool:
-    async with clients.database.read() as session:
-        rows = await session.execute(
-            select(Night.id).where(Night.project == project, col(Night.state) == NightState.PROMOTING).limit(1)
-        )
-        return rows.first() is not None

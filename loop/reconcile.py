@@ -1,15 +1,20 @@
-"""Every replica holds what it should: forgotten adapters are loaded again, ours that nobody needs are unloaded."""
+"""Every replica holds what it should: forgotten adapters are loaded again, ours that nobody needs are unloaded.
+
+vLLM forgets at each restart what was loaded at run time; each adapter that it keeps costs a place among its slots.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import structlog
 from sqlmodel import col, select
 
-from labeling.errors import NightschoolError
+from labeling.errors import NightschoolError, Refused
+from loop.adapter_files import adapter_digest
 from loop.clients import Clients
 from loop.settings import ProjectSettings
 from loop.tables import Adapter, Night, NightState, Serving
@@ -19,12 +24,20 @@ log = structlog.get_logger()
 BUSY = (NightState.RUNNING, NightState.AWAITING_APPROVAL, NightState.PROMOTING)
 
 
+class AdapterChanged(Refused):
+    code: ClassVar[str] = "adapter_changed"
+    default_hint = "Put the files back from the archive; nothing was loaded."
+
+
+class BaseNotServed(Refused):
+    code: ClassVar[str] = "base_not_served"
+    default_hint = "Start that vLLM with --served-model-name as projects.base_name says."
+
+
 async def reconcile(clients: Clients, project: ProjectSettings) -> tuple[str, ...]:
-    """Gives what was unloaded. A replica that is down is left for the next look."""
-    wanted, spared = await _wanted(clients, project)
-    pattern = re.compile(rf"{re.escape(project.name)}@v[0-9]+")
+    """Gives what was unloaded anywhere. A replica that is down is left for the next look."""
     done = await asyncio.gather(
-        *(_one(clients, replica, wanted, spared, pattern) for replica in clients.replicas), return_exceptions=True
+        *(_reconcile(clients, project, replica) for replica in clients.replicas), return_exceptions=True
     )
     unloaded: set[str] = set()
     for replica, result in zip(clients.replicas, done, strict=True):
@@ -37,31 +50,43 @@ async def reconcile(clients: Clients, project: ProjectSettings) -> tuple[str, ..
     return tuple(sorted(unloaded))
 
 
-async def _wanted(clients: Clients, project: ProjectSettings) -> tuple[dict[str, Path], set[str]]:
-    """Name -> folder of what must be there (current, previous), and names that a night is using just now."""
+async def ensure_loaded(replica: Replica, project: ProjectSettings, adapter: Adapter) -> bool:
+    """Loads it when the replica does not have it, its files being what they were; gives whether it had to."""
+    if project.served_name(adapter.name) in await replica.models():
+        return False
+    if adapter.folder is None:
+        raise BaseNotServed(f"vLLM at {replica.url} does not serve the base {project.base_name!r}")
+    if await asyncio.to_thread(adapter_digest, Path(adapter.folder)) != adapter.digest:
+        raise AdapterChanged(f"the files in {adapter.folder} are no longer those of {adapter.name}")
+    await replica.load(adapter.name, Path(adapter.folder))
+    return True
+
+
+async def _reconcile(clients: Clients, project: ProjectSettings, replica: Replica) -> set[str]:
+    # The replica first, our tables second: a night's row is written before its adapter is loaded anywhere.
+    there = await replica.models()
+    wanted, spared = await _wanted(clients, project)
+    for adapter in wanted:
+        if adapter.folder is not None and await ensure_loaded(replica, project, adapter):
+            log.warning("adapter_was_forgotten", replica=replica.url, adapter=adapter.name)
+    ours = re.compile(rf"{re.escape(project.name)}@v[0-9]+")
+    kept = {adapter.name for adapter in wanted} | spared
+    strangers = {name for name in there if ours.fullmatch(name) and name not in kept}
+    idle = {name for name in strangers if not clients.aliases.in_flight(name)}
+    for name in sorted(idle):
+        await replica.unload(name)
+    return idle
+
+
+async def _wanted(clients: Clients, project: ProjectSettings) -> tuple[list[Adapter], set[str]]:
+    """What must be there (current, previous), and names that a night is using just now."""
     async with clients.database.read() as session:
         serving = await session.get(Serving, project.name)
         names = [name for name in (serving.current, serving.previous) if name] if serving else []
-        adapters = await session.execute(select(Adapter).where(col(Adapter.name).in_(names)))
+        wanted = await session.execute(select(Adapter).where(col(Adapter.name).in_(names)))
         busy = await session.execute(
-            select(Night.candidate).where(col(Night.project) == project.name, col(Night.state).in_(BUSY))
+            select(Adapter.name)
+            .join(Night, col(Night.id) == col(Adapter.night_id))
+            .where(col(Night.project) == project.name, col(Night.state).in_(BUSY))
         )
-        spared = {name for name in busy.scalars() if name}
-        wanted = {row.name: Path(row.folder) for row in adapters.scalars() if row.folder}
-    return wanted, spared
-
-
-async def _one(
-    clients: Clients, replica: Replica, wanted: dict[str, Path], spared: set[str], ours: re.Pattern[str]
-) -> set[str]:
-    there = set(await replica.models())
-    for name in sorted(wanted.keys() - there):
-        log.warning("adapter_forgotten", replica=replica.url, adapter=name)
-        await replica.load(name, wanted[name])
-    strangers = {name for name in there - wanted.keys() - spared if ours.fullmatch(name)}
-    gone = set()
-    for name in sorted(strangers):
-        if not clients.aliases.in_flight(name):
-            await replica.unload(name)
-            gone.add(name)
-    return gone
+        return list(wanted.scalars()), set(busy.scalars())

@@ -163,4 +163,5 @@ class Promotion(SQLModel, table=True):
     by: str  # a name, or `mlflow (unattributed)`
     why: str
     night_id: str | None = None
+    told: bool = False  # MLflow's aliases have followed; until then an alias there asks for nothing
     at: datetime = Field(default_factory=now, sa_column=_time())

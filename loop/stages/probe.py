@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from labeling.errors import Refused
 from loop.outputs import Probed, Registered
 from loop.probe import Probe, verify_probe
@@ -10,7 +12,7 @@ from loop.tables import Evidence
 
 
 class NoEvidence(Refused):
-    code = "no_evidence"
+    code: ClassVar[str] = "no_evidence"
     default_hint = "Resume the night: `nightschool night run --resume`."
 
 
@@ -21,5 +23,8 @@ async def run(context: StageContext) -> Probed:
     if evidence is None or evidence.adapter != adapter:
         raise NoEvidence(f"night {context.night_id} has no evidence for {adapter}")
     probe = Probe.model_validate(evidence.probe)
-    differences = {replica.url: await verify_probe(replica, adapter, probe) for replica in context.clients.replicas}
+    differences = {}
+    for replica in context.clients.replicas:
+        context.progress({"doing": f"probing {adapter} on {replica.url}"})
+        differences[replica.url] = await verify_probe(replica, adapter, probe)
     return Probed(largest_difference=differences)

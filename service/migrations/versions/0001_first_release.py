@@ -102,6 +102,7 @@ def upgrade() -> None:
         sa.Column("by", sa.String(), nullable=False),
         sa.Column("why", sa.String(), nullable=False),
         sa.Column("night_id", sa.String(), nullable=True),
+        sa.Column("told", sa.Boolean(), nullable=False),
         sa.Column("at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
