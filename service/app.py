@@ -26,7 +26,7 @@ from service.auth import KeyRing
 from service.capture import CaptureQueue
 from service.gateway import Gateway
 from service.health import Check
-from service.ingest import IngestWriter
+from service.ingest import IngestWriter, forget_answers
 from service.metrics import Metrics
 from service.problems import HANDLERS
 from service.routes.adapters import adapter_routes
@@ -39,6 +39,7 @@ from service.upstream import Replicas
 log = structlog.get_logger(__name__)
 ALIASES_SECONDS = 1.0
 KEYS_SECONDS = 10.0
+FORGET_SECONDS = 3600.0
 STOP_SECONDS = 5.0
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
@@ -126,6 +127,7 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
         state.capture.run(state.database),
         _again(ALIASES_SECONDS, lambda: state.aliases.load(state.database)),
         _again(KEYS_SECONDS, lambda: state.keys.load(state.database)),
+        _again(FORGET_SECONDS, lambda: forget_answers(state.database)),
     ]
     tasks = [asyncio.create_task(job) for job in jobs]
     try:

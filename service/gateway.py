@@ -19,7 +19,7 @@ import structlog
 from litestar.types import Receive, Scope, Send
 
 from labeling.errors import NightschoolError
-from service.alias_table import AliasTable, Flight
+from service.alias_table import AliasTable, Flight, UnknownModel
 from service.auth import Caller, KeyRing
 from service.auth import Scope as KeyScope
 from service.capture import Captured, CaptureQueue
@@ -132,6 +132,16 @@ class Gateway:
         """GET /v1/models: the caller's aliases."""
         await self._answer(self._models, "GET", scope, receive, send)
 
+    def model(self, authorization: str | None, name: str) -> tuple[int, bytes]:
+        """GET /v1/models/{name}: the status and body; no raw handler, Litestar gives those no path parameters."""
+        try:
+            cards = self._cards(authorization)
+            if name not in cards:
+                raise UnknownModel(f"The model `{name}` does not exist.")
+        except NightschoolError as error:
+            return error_of(error)
+        return 200, msgspec.json.encode(cards[name])
+
     async def _answer(
         self,
         handle: Callable[[Reply, Scope, Receive], Awaitable[None]],
@@ -158,11 +168,14 @@ class Gateway:
             self._metrics.requests.labels(reply.project, str(reply.status or CLIENT_LEFT)).inc()
 
     async def _models(self, reply: Reply, scope: Scope, _: Receive) -> None:
-        caller = self._keys.authenticate(_headers(scope).get("authorization"))
+        cards = self._cards(_headers(scope).get("authorization"))
+        await reply.whole(200, msgspec.json.encode({"object": "list", "data": list(cards.values())}), JSON)
+
+    def _cards(self, authorization: str | None) -> dict[str, dict[str, Any]]:
+        caller = self._keys.authenticate(authorization)
         if not caller.may(KeyScope.READ):
             caller.require(KeyScope.INFERENCE)
-        cards = [model_card(name) for name in self._aliases.projects if caller.sees(name)]
-        await reply.whole(200, msgspec.json.encode({"object": "list", "data": cards}), JSON)
+        return {name: model_card(name) for name in self._aliases.projects if caller.sees(name)}
 
     async def _complete(self, reply: Reply, scope: Scope, receive: Receive) -> None:
         started = time.perf_counter()

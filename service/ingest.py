@@ -7,14 +7,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import structlog
+from sqlalchemy import delete
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.database import Database, insert_or_nothing
+from labeling.database import Database, insert_or_nothing, now
 from labeling.errors import Conflict, InvalidInput, NightschoolError, Unavailable
 from labeling.exchanges import link_new
 from labeling.feedback_body import FeedbackBody
@@ -24,6 +26,7 @@ from service.tables import IdempotentAnswer
 
 log = structlog.get_logger(__name__)
 BATCH = 256
+REMEMBERED = timedelta(days=2)
 
 
 class IngestFull(Unavailable):
@@ -195,6 +198,12 @@ async def _claim(session: AsyncSession, batch: list[_Entry]) -> dict[tuple[str, 
     known = (await session.execute(select(table).where(names))).scalars().all()
     wanted = {(claim.key_id, claim.idempotency_key) for claim in lost}
     return {(k.key_id, k.idempotency_key): k for k in known if (k.key_id, k.idempotency_key) in wanted}
+
+
+async def forget_answers(database: Database) -> None:
+    """Idempotency-Keys are good for two days: longer than any client repeats a request."""
+    async with database.write() as session:
+        await session.execute(delete(IdempotentAnswer).where(col(IdempotentAnswer.created_at) < now() - REMEMBERED))
 
 
 def _claim_row(entry: _Entry) -> IdempotentAnswer | None:

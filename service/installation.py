@@ -188,6 +188,7 @@ async def http_server(installation: Installation, listener: socket.socket) -> As
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_keep_alive=75,  # longer than clients keep idle connections: only one side may let go
         server_header=False,
     )
     server = _Server(config)

@@ -60,7 +60,11 @@ class Service:
 @asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[str]:
     """An ASGI application under uvicorn, on a free port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=2))
+    # Kept alive longer than any client keeps an idle connection: else both may close and use it at the same time.
+    config = uvicorn.Config(
+        app, port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=75
+    )
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
         assert not task.done(), "the application did not start"

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlmodel import select
 
 from labeling.database import Database, new_id, now
 from labeling.exchanges import record
@@ -32,8 +33,9 @@ from labeling.tables import (
     ReviewItem,
     Verdict,
 )
-from service.ingest import IngestFull, IngestWriter
+from service.ingest import IngestFull, IngestWriter, forget_answers
 from service.metrics import Metrics
+from service.tables import IdempotentAnswer
 from tests.running import PROJECT, Service, count, rows, service, settings_for
 
 PATH = "/v1/feedback"
@@ -201,6 +203,19 @@ async def test_idempotency_key(running: Service, client: httpx.AsyncClient) -> N
     assert await count(running.database, Feedback) == 2
 
 
+async def test_old_idempotency_keys_are_forgotten(running: Service, client: httpx.AsyncClient) -> None:
+    """After two days a key is free again; a younger one is remembered."""
+    body, once = {"kind": "flag", "exchange_id": "x"}, {"Idempotency-Key": "k1"}
+    first = await client.post(PATH, json=body, headers=once)
+    await forget_answers(running.database)
+    assert (await client.post(PATH, json=body, headers=once)).json() == first.json()
+    async with running.database.write() as session:
+        (row,) = (await session.execute(select(IdempotentAnswer))).scalars()
+        row.created_at = now() - timedelta(days=3)
+    await forget_answers(running.database)
+    assert (await client.post(PATH, json=body, headers=once)).json()["id"] != first.json()["id"]
+
+
 async def test_one_key_fifty_times_at_once(running: Service, client: httpx.AsyncClient) -> None:
     """Whatever the timing: one row, every 202 names it, the others are told to wait."""
     body = {"kind": "flag", "exchange_id": "x"}
@@ -350,7 +365,8 @@ async def test_next_round_only_for_a_new_mistake(database: Database, served: str
 async def test_folds_at_the_same_time_count_once(database: Database) -> None:
     """Worker and night may fold together: each feedback enters the queue once."""
     known = [exchange(f"q{i % 5}") for i in range(40)]
-    await store(database, *known, *(feedback(one) for one in known))
+    await store(database, *(feedback(one) for one in known), *known)
+    await asyncio.gather(*(count(database, Feedback) for _ in range(4)))  # four open connections: they start together
     folded = await asyncio.gather(*(fold(database, PROJECT, SETTINGS) for _ in range(4)))
     assert sum(folded) == 40
     assert sorted(item.count for item in await rows(database, ReviewItem)) == [8] * 5
