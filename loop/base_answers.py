@@ -15,6 +15,7 @@ from loop.vllm import Replica
 
 OURS = Path(__file__).parent / "replay_prompts" / "general.jsonl"
 CONCURRENCY = 8
+BATCH = 32
 
 
 class BadPromptsFile(InvalidInput):
@@ -30,23 +31,33 @@ async def base_answers(
         return []
     source = settings.prompts_file or OURS
     prompts = _prompts(source)
-    key = digest_json([base_digest, digest_file(source), settings.base_answer_tokens])
+    key = digest_json([base_digest, digest_file(source), settings.base_answer_tokens, settings.base_rows])
     kept = data_dir / "cache" / "base_answers" / f"{key.removeprefix('sha256:')[:32]}.jsonl"
     if not kept.exists():
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        answers = await replica.ask_many(
-            base_name, asked, max_tokens=settings.base_answer_tokens, concurrency=CONCURRENCY
-        )
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(
-            kept,
-            [
-                {"prompt": prompt, "answer": answer.text}
-                for prompt, answer in zip(prompts, answers, strict=True)
-                if answer.finish_reason == "stop" and answer.text.strip()
-            ],
+        write_jsonl(kept, await _ask(replica, base_name, prompts, settings))
+    return [(row["prompt"], row["answer"]) for row in read_jsonl(kept)]
+
+
+async def _ask(replica: Replica, base_name: str, prompts: list[str], settings: ReplaySettings) -> list[dict[str, str]]:
+    """In the prompts' order, a batch at a time, until there are enough whole answers."""
+    rows: list[dict[str, str]] = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        answers = await replica.ask_many(
+            base_name,
+            [[{"role": "user", "content": prompt}] for prompt in batch],
+            max_tokens=settings.base_answer_tokens,
+            concurrency=CONCURRENCY,
         )
-    return [(row["prompt"], row["answer"]) for row in read_jsonl(kept)][: settings.base_rows]
+        rows += [
+            {"prompt": prompt, "answer": answer.text}
+            for prompt, answer in zip(batch, answers, strict=True)
+            if answer.finish_reason == "stop" and answer.text.strip()
+        ]
+        if len(rows) >= settings.base_rows:
+            break
+    return rows[: settings.base_rows]
 
 
 def _prompts(path: Path) -> list[str]:

@@ -22,6 +22,7 @@ from labeling.errors import InvalidInput, NotFound, Refused, Unavailable
 T = TypeVar("T")
 Message = dict[str, Any]
 CONNECT_SECONDS = 5.0
+KEEP_ALIVE_SECONDS = 2.0  # vLLM closes idle connections after 5: ours must be the first to let go
 TOKENIZE_CONCURRENCY = 8
 
 
@@ -70,7 +71,13 @@ class Replica:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS)
         # trust_env off: a proxy of the machine must not see prompts.
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout,
+            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_SECONDS),
+            trust_env=False,
+        )
 
     async def close(self) -> None:
         await self._http.aclose()
