@@ -180,14 +180,17 @@ class S3Blobs:
         patience = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(S3_RETRIES, backoff_factor=0.2)
         )
-        self._s3 = Minio(
-            settings.endpoint,
-            access_key=settings.access_key.get_secret_value(),
-            secret_key=settings.secret_key.get_secret_value(),
-            secure=settings.secure,
-            region=settings.region,
-            http_client=patience,
-        )
+        try:
+            self._s3 = Minio(
+                settings.endpoint,
+                access_key=settings.access_key.get_secret_value(),
+                secret_key=settings.secret_key.get_secret_value(),
+                secure=settings.secure,
+                region=settings.region,
+                http_client=patience,
+            )
+        except ValueError as error:
+            raise ObjectStoreRefused(f"object_store.endpoint {settings.endpoint!r}: {error}") from error
 
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key):
@@ -211,6 +214,8 @@ class S3Blobs:
     def keys(self, prefix: str) -> list[str]:
         under = f"{prefix}/" if prefix else ""
         with self._errors(prefix):
+            if not self._s3.bucket_exists(self._bucket):
+                return []
             return [found.object_name for found in self._s3.list_objects(self._bucket, under, recursive=True)]
 
     def _ensure_bucket(self) -> None:
@@ -229,6 +234,8 @@ class S3Blobs:
             if error.code in S3_TRANSIENT:
                 raise ObjectStoreUnavailable(f"{self._where} failed for {key!r}: {error.code}") from error
             raise ObjectStoreRefused(f"{self._where} refused {key!r}: {error.code} {error.message}") from error
+        except ValueError as error:  # the SDK's own check of the bucket's name
+            raise ObjectStoreRefused(f"{self._where}: {error}") from error
         except (urllib3.exceptions.HTTPError, InvalidResponseError, ServerError, OSError) as error:
             raise ObjectStoreUnavailable(f"{self._where} failed for {key!r}: {error}") from error
 
