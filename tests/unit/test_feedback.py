@@ -7,12 +7,14 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 from sqlmodel import select
 
 from labeling.database import Database, new_id, now
@@ -251,6 +253,32 @@ async def test_full_queue_answers_at_once(database: Database) -> None:
     assert len(await asyncio.gather(*waiting)) == 2
     run.cancel()
     assert await count(database, Feedback) == 2
+
+
+async def test_full_disk_acknowledges_nothing(tmp_path: Path) -> None:
+    """SQLite without room: 503 and Retry-After, nothing stored; with room again the same request is taken."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'full.db'}"
+    setup = Database(url)
+    await setup.create_tables()
+    await setup.close()
+    database, room = Database(url), {"pages": 1}
+
+    @event.listens_for(database.engine.sync_engine, "checkout")
+    def limit(connection: Any, *_: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count={room['pages']}")
+
+    body = {"kind": "flag", "exchange_id": "x", "comment": "c" * 10_000}
+    async with service(database, settings_for([])) as running:
+        room["pages"] = 1_000_000
+        async with await running.client("feedback") as client:
+            room["pages"] = 1
+            refused = await client.post(PATH, json=body)
+            assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+            assert "retry-after" in refused.headers
+            room["pages"] = 1_000_000
+            assert await count(database, Feedback) == 0
+            assert (await client.post(PATH, json=body)).status_code == 202
+    await database.close()
 
 
 async def test_status_shows_the_way_through_the_queue(running: Service, client: httpx.AsyncClient) -> None:
