@@ -20,7 +20,7 @@ from service.children import Child, ServerFailed
 from service.secret_files import kept_secret
 
 HOST = "127.0.0.1"
-LABEL_STUDIO_START_SECONDS = 600.0  # the first start migrates its database: 36 s on two free cores, minutes on busy ones
+LABEL_STUDIO_START_SECONDS = 600.0  # the first start migrates its database: 36 s on two free cores, 112 s on busy ones
 MLFLOW_START_SECONDS = 180.0
 CHECK_SECONDS = 5.0
 

