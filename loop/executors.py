@@ -26,7 +26,7 @@ INHERITED = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD"),
     *("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"),
 )
-OFFLINE = {
+GIVEN = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -34,6 +34,8 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    # A thread that waits for its fellow gives up the core soon: beside a busy engine, a spinning one stops both.
+    "GOMP_SPINCOUNT": "10000",
 }
 
 OnProgress = Callable[[dict[str, Any]], None]
@@ -111,7 +113,7 @@ async def _start(command: tuple[str, ...], log: int, environment: Mapping[str, s
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
-            env={**inherited, **OFFLINE, **environment},
+            env={**inherited, **GIVEN, **environment},
             start_new_session=True,  # a group of its own: ended as a whole, and out of reach of our terminal's Ctrl-C
             limit=MAX_LINE_BYTES,
         )
