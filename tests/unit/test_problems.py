@@ -19,7 +19,7 @@ import labeling
 import loop
 import service
 from labeling.database import Database
-from labeling.errors import NightschoolError, Unavailable
+from labeling.errors import Conflict, InvalidInput, NightschoolError, NotFound, Refused, Unavailable
 from service.metrics import Metrics
 from service.problems import STATUS, status_of
 from tests.running import service as running_service
@@ -27,8 +27,9 @@ from tests.running import settings_for
 
 # Run in processes of their own, for what they import; and Alembic's own script.
 APART = ("loop.trainers.", "loop.lm_eval_child", "loop.vllm_cpu_worker", "service.migrations.")
-# Ends a stage, never a request.
-OF_STAGES = {"ChildFailed"}
+BRANCHES = (InvalidInput, NotFound, Conflict, Refused, Unavailable)
+# Where errors of no branch may stand: they end a stage or a command, never a request.
+NOT_HTTP = ("loop.", "service.commands.")
 UNWANTED = ("torch", "transformers", "vllm", "mlflow", "label_studio_sdk", "peft", "trl", "datasets")
 
 
@@ -46,20 +47,18 @@ def subclasses(kind: type[NightschoolError]) -> Iterator[type[NightschoolError]]
 
 
 def test_every_error_has_its_status() -> None:
-    """No error class falls through to 500; retryable is 503, and only 503 is retryable."""
+    """What a request can meet never falls through to 500; retryable is 503, and only retryable is 503."""
     for name in modules():
         importlib.import_module(name)
-    found = [
-        kind
-        for kind in subclasses(NightschoolError)
-        if kind.__module__.split(".")[0] != "tests" and kind.__name__ not in OF_STAGES
-    ]
+    found = [kind for kind in subclasses(NightschoolError) if not kind.__module__.startswith("tests")]
     assert len(found) > 20
     for kind in found:
-        assert 400 <= status_of(kind) <= 503, kind
-        assert status_of(kind) != 500, kind
-        assert (status_of(kind) == 503) == kind.retryable == issubclass(kind, Unavailable), kind
         assert kind.code != NightschoolError.code, kind
+        if issubclass(kind, BRANCHES):
+            assert status_of(kind) in {400, 401, 403, 404, 409, 413, 422, 503}, kind
+            assert (status_of(kind) == 503) == kind.retryable == issubclass(kind, Unavailable), kind
+        else:
+            assert kind.__module__.startswith(NOT_HTTP), f"{kind} derives from none of the five branches"
     assert set(STATUS) <= {NightschoolError, *found}
 
 
