@@ -10,8 +10,13 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlmodel import SQLModel
 
+import labeling.tables
+import loop.tables
+import service.tables
 from labeling.database import Database
 from service.migrations import upgrade
+
+TABLES = (labeling.tables, loop.tables, service.tables)  # imported for what they register
 
 
 def differences(connection: Connection) -> list[Any]:
