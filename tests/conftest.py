@@ -19,7 +19,9 @@ from typing import TypeVar
 import asyncpg
 import pytest
 
-import service.tables  # noqa: F401  # with the two above: every table is known before any is created
+import labeling.tables  # noqa: F401  # these three: every table is known before any is created
+import loop.tables  # noqa: F401
+import service.tables  # noqa: F401
 from labeling.database import Database
 from labeling.settings import LabelStudioSettings
 from loop.settings import EngineSettings
