@@ -258,7 +258,10 @@ class Completion:
     def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
         if self.body.get("prompt_logprobs") is None:
             return None
-        return [None, *(_logprob(number, self.server, self.shift) for number in self.server.tokens(self.prompt)[1:])]
+        prompt = self.body.get("prompt")
+        by_ids = isinstance(prompt, list) and all(isinstance(number, int) for number in prompt)
+        numbers: list[int] = list(prompt or []) if by_ids else self.server.tokens(self.prompt)
+        return [None, *(_logprob(number, self.server, self.shift) for number in numbers[1:])]
 
     def _usage(self, choices: int) -> dict[str, int]:
         prompt, answer = len(self.prompt.split()), len(self.tokens) * choices
@@ -271,7 +274,7 @@ def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
 
 def _logprob(number: int, server: FakeVllm, shift: float) -> dict[str, Any]:
     logprob = -0.5 - number % 997 / 100 + shift
-    return {str(number): {"logprob": logprob, "rank": 1, "decoded_token": server.words[number]}}
+    return {str(number): {"logprob": logprob, "rank": 1, "decoded_token": server.words.get(number, f"#{number}")}}
 
 
 def _templated(body: dict[str, Any]) -> str:
