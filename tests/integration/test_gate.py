@@ -21,6 +21,7 @@ from labeling.database import Database, insert_or_nothing
 from labeling.label_studio import LabelStudioServer
 from loop.adapter_files import AdapterRejected, base_digest, check, install, read_base_config
 from loop.aliases import NoGateway
+from loop.base_answers import OURS as PROMPTS
 from loop.base_answers import base_answers
 from loop.clients import Clients
 from loop.digests import digest_folder, read_jsonl, write_jsonl
@@ -127,9 +128,10 @@ def _row(name: str, kind: str, question: str, answer: str) -> Row:
 
 
 async def _replay(bench: Bench) -> list[Row]:
-    answers = await base_answers(
-        bench.replica, bench.project.base_name, bench.base_digest, ReplaySettings(base_rows=REPLAY), bench.folder
-    )
+    prompts = bench.folder / "prompts.jsonl"
+    write_jsonl(prompts, read_jsonl(PROMPTS)[: REPLAY + 8])
+    settings = ReplaySettings(prompts_file=prompts, base_rows=REPLAY)
+    answers = await base_answers(bench.replica, bench.project.base_name, bench.base_digest, settings, bench.folder)
     return [_row(f"base-{number}", "replay", *pair) for number, pair in enumerate(answers)]
 
 
