@@ -9,6 +9,7 @@ CPU := deploy/environments/cpu
 LABEL_STUDIO := deploy/environments/label-studio
 GPU := deploy/environments/gpu
 UNSLOTH := deploy/environments/unsloth
+FIND_PYTHON = deploy/environments/find-python '$(PYTHON)'
 EXTRAS := train,evaluate,serve,registry-server,demo
 PYTHON ?=
 DEMO_ARGS ?=
@@ -78,11 +79,12 @@ setup-gpu: .venv-gpu/.installed .venv-unsloth/.installed .venv-label-studio/.ins
 
 # A new one unless a working one is there.
 define environment
-	$(1)/bin/python -c "" 2>/dev/null || $(UV) venv --clear --python "$$(deploy/environments/find-python '$(PYTHON)')" $(1)
+	$(1)/bin/python -c "" 2>/dev/null || \
+	  { python=$$($(FIND_PYTHON)) && $(UV) venv --quiet --clear --python "$$python" $(1); }
 endef
 
 $(UV):
-	@deploy/environments/get-uv "$$(deploy/environments/find-python '$(PYTHON)')"
+	@python=$$($(FIND_PYTHON)) && deploy/environments/get-uv "$$python"
 
 # What the environments hold now becomes what everybody gets.
 constraints: setup
