@@ -24,23 +24,29 @@ class BadPromptsFile(InvalidInput):
 
 
 async def base_answers(
-    replica: Replica, base_name: str, base_digest: str, settings: ReplaySettings, data_dir: Path
+    replica: Replica, base_name: str, base_digest: str, settings: ReplaySettings, data_dir: Path, *, whole: bool = True
 ) -> list[tuple[str, str]]:
-    """Up to `base_rows` pairs of prompt and the base's greedy answer; cut-off and empty answers are left out."""
+    """Up to `base_rows` pairs of prompt and the base's greedy answer; empty answers are left out.
+
+    `whole`: cut-off ones too, for cross entropy would teach the model to stop there. A KL term holds the base's own
+    doubt about stopping, so that the beginning of an answer does.
+    """
     if settings.base_rows == 0:
         return []
     source = settings.prompts_file or OURS
     prompts = _prompts(source)
-    key = digest_json([base_digest, digest_file(source), settings.base_answer_tokens, settings.base_rows])
+    key = digest_json([base_digest, digest_file(source), settings.base_answer_tokens, settings.base_rows, whole])
     kept = data_dir / "cache" / "base_answers" / f"{key.removeprefix('sha256:')[:32]}.jsonl"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(kept, await _ask(replica, base_name, prompts, settings))
+        write_jsonl(kept, await _ask(replica, base_name, prompts, settings, whole))
     return [(row["prompt"], row["answer"]) for row in read_jsonl(kept)]
 
 
-async def _ask(replica: Replica, base_name: str, prompts: list[str], settings: ReplaySettings) -> list[dict[str, str]]:
-    """In the prompts' order, a batch at a time, until there are enough whole answers."""
+async def _ask(
+    replica: Replica, base_name: str, prompts: list[str], settings: ReplaySettings, whole: bool
+) -> list[dict[str, str]]:
+    """In the prompts' order, a batch at a time, until there are enough answers."""
     rows: list[dict[str, str]] = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -53,7 +59,7 @@ async def _ask(replica: Replica, base_name: str, prompts: list[str], settings: R
         rows += [
             {"prompt": prompt, "answer": answer.text}
             for prompt, answer in zip(batch, answers, strict=True)
-            if answer.finish_reason == "stop" and answer.text.strip()
+            if answer.text.strip() and (answer.finish_reason == "stop" or not whole)
         ]
         if len(rows) >= settings.base_rows:
             break

@@ -117,12 +117,13 @@ class TrainerSettings(Strict):
     alpha: float = Field(32, gt=0, le=1024)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = LINEAR_LAYERS
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    epochs: float = Field(6, gt=0, le=1000)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
+    epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
+    replay_share: float = Field(0.3, ge=0, le=0.9, description="Of the rows of every batch; 0 = no replay")
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1, le=4096)
     warmup_share: float = Field(0.1, ge=0, le=1)
-    scheduler: str = Field("one_cycle", pattern="^(one_cycle|cosine|linear|constant)$")
+    scheduler: str = Field("linear", pattern="^(one_cycle|cosine|linear|constant)$")
     max_grad_norm: float = Field(1.0, gt=0)
     save_steps: int = Field(250, ge=1)
     max_length: int = Field(1024, ge=16, le=1_000_000)
@@ -131,7 +132,7 @@ class TrainerSettings(Strict):
     replay_loss: str = Field(
         "kl", pattern="^(ce|kl)$", description="How replay rows hold the model: cross entropy, or KL to the base"
     )
-    kl_weight: float = Field(1.0, ge=0, le=100)
+    kl_weight: float = Field(2.0, ge=0, le=100)
     hours_allowed: float = Field(8.0, gt=0, le=168)
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
@@ -150,8 +151,10 @@ class ReplaySettings(Strict):
     prompts_file: Path | None = Field(
         None, description="JSONL of {prompt}; empty = ours. The base's own answers become rows"
     )
-    base_rows: int = Field(96, ge=0, le=1_000_000, description="How many of the base's own good answers")
-    base_answer_tokens: int = Field(48, ge=1, le=4096)
+    base_rows: int = Field(320, ge=0, le=1_000_000, description="How many of the base's own answers")
+    base_answer_tokens: int = Field(
+        16, ge=1, le=4096, description="Enough for a KL term; for cross entropy, whole answers"
+    )
 
 
 class Scoring(StrEnum):

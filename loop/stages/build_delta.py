@@ -8,7 +8,7 @@ from labeling.database import insert_or_nothing
 from loop import training_examples as examples
 from loop.adapter_files import base_digest
 from loop.base_answers import base_answers
-from loop.contamination import clean
+from loop.contamination import clean, suite_items
 from loop.digests import digest_folder, write_jsonl
 from loop.outputs import Delta
 from loop.scoring import ExamItem, held_out_items
@@ -25,12 +25,17 @@ async def run(context: StageContext) -> Delta:
     _enough(chosen, project.min_labels)
     replica = clients.replicas[0]
     answers = await base_answers(
-        replica, project.base_name, base_digest(project.base_dir), project.replay, context.data_dir
+        replica,
+        project.base_name,
+        base_digest(project.base_dir),
+        project.replay,
+        context.data_dir,
+        whole=project.trainer.replay_loss == "ce",
     )
     rows = [examples.label_row(label) for label in chosen.trained] + examples.base_rows(answers)
     held_out = [examples.label_item(label) for label in chosen.held_out]
     good_items = [examples.good_answer_item(answer) for answer in good]
-    cleaned = clean(rows, held_out + _held_out_file(context), good_items)
+    cleaned = clean(rows, held_out + _held_out_file(context), good_items + suite_items(project.gate))
     kept, too_long = await _short_enough(replica, project.base_name, cleaned.kept, project.trainer.max_length)
     kept_ids = {row["id"] for row in kept}
     trained = [label for label in chosen.trained if label.id in kept_ids]

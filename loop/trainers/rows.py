@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,35 +69,52 @@ def _to_end_of_turn(tokens: list[int], answer_start: int, stop_ids: frozenset[in
     raise UnfitTemplate("the base's chat template ends no answer with one of the base's stop tokens")
 
 
-def plan_batches(lengths: Sequence[int], schedule: ScheduleSpec, seed: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], schedule: ScheduleSpec, seed: int, replay: Sequence[bool] | None = None
+) -> list[list[int]]:
     """Row numbers for every step of the run, settled beforehand: a resumed run continues the same plan.
 
-    Every epoch is shuffled anew; rows of like length share a batch.
+    `epochs` counts passes over the labels. Replay rows fill `replay_share` of every batch, each coming as often as any
+    other: a hundred labels need the base held on hundreds of different prompts, not on a few again and again.
     """
-    steps = math.ceil(schedule.epochs * math.ceil(len(lengths) / schedule.batch_size))
-    steps = steps if schedule.max_steps is None else min(steps, schedule.max_steps)
+    replay = replay or [False] * len(lengths)
+    chance = random.Random(str(seed))  # noqa: S311 - order, no secret
+    labels, held = ([row for row, is_replay in enumerate(replay) if is_replay is kind] for kind in (False, True))
+    if not labels:
+        labels, held = held, labels
+    trained = _passes(labels, round(schedule.epochs * len(labels)), chance)
+    share = schedule.replay_share
+    order = _evenly(trained, _passes(held, round(len(trained) * share / (1 - share)), chance))
+    bucket = schedule.batch_size * BATCHES_PER_BUCKET
     plan: list[list[int]] = []
-    epoch = 0
-    while len(plan) < steps:
-        plan += _epoch(lengths, schedule.batch_size, random.Random(f"{seed} {epoch}"))  # noqa: S311 - order, no secret
-        epoch += 1
-    return plan[:steps]
+    for start in range(0, len(order), bucket):
+        rows = _by_length(order[start : start + bucket], lengths, replay)
+        batches = [rows[first : first + schedule.batch_size] for first in range(0, len(rows), schedule.batch_size)]
+        chance.shuffle(batches)
+        plan += batches
+    return plan[: schedule.max_steps]
 
 
-def _epoch(lengths: Sequence[int], batch_size: int, chance: random.Random) -> list[list[int]]:
-    order = list(range(len(lengths)))
-    chance.shuffle(order)
-    bucket = batch_size * BATCHES_PER_BUCKET
-    order = [
-        row for start in range(0, len(order), bucket) for row in _by_length(order[start : start + bucket], lengths)
-    ]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    chance.shuffle(batches)
-    return batches
+def _passes(rows: list[int], wanted: int, chance: random.Random) -> list[int]:
+    """Every pass is shuffled anew; the last one may be a part."""
+    order: list[int] = []
+    while rows and len(order) < wanted:
+        order += chance.sample(rows, len(rows))
+    return order[:wanted]
 
 
-def _by_length(rows: list[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda row: lengths[row])
+def _evenly(labels: list[int], held: list[int]) -> list[int]:
+    placed = [((place + 0.5) / len(rows), row) for rows in (labels, held) for place, row in enumerate(rows)]
+    return [row for _, row in sorted(placed)]
+
+
+def _by_length(rows: list[int], lengths: Sequence[int], replay: Sequence[bool]) -> list[int]:
+    """Rows of like length next to each other, while each place keeps its kind: every batch has its share of replay."""
+    short_first = {
+        kind: iter(sorted((row for row in rows if replay[row] is kind), key=lambda row: lengths[row]))
+        for kind in (False, True)
+    }
+    return [next(short_first[replay[row]]) for row in rows]
 
 
 def heaviest(plan: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:

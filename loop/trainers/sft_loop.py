@@ -118,7 +118,7 @@ def train(
     spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], run_digest: str, channel: Channel
 ) -> Trained:
     """Trains to the end of the plan, from the last complete checkpoint of the same run where there is one."""
-    plan = plan_batches(_lengths(examples), spec.schedule, spec.seed)
+    plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
     trainer = _trainer(spec, model, tokenizer, examples, plan)
     trainer.add_callback(Reporter(channel, tokens, run_digest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +192,29 @@ def test_every_epoch_trains_every_row_once(lengths: list[int], batch_size: int, 
     """No row is left out or doubled, no batch is too big, and the same seed gives the same plan."""
     schedule = ScheduleSpec(epochs=epochs, batch_size=batch_size)
     plan = plan_batches(lengths, schedule, seed)
-    per_epoch = -(-len(lengths) // batch_size)
     assert plan == plan_batches(lengths, schedule, seed)
     assert all(1 <= len(batch) <= batch_size for batch in plan)
-    assert len(plan) == epochs * per_epoch
-    for epoch in range(epochs):
-        batches = plan[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert len(plan) == -(-len(lengths) * epochs // batch_size)
+    assert Counter(row for batch in plan for row in batch) == dict.fromkeys(range(len(lengths)), epochs)
+
+
+@given(labels=st.integers(1, 60), replay=st.integers(1, 60), share=st.floats(0, 0.9), batch_size=st.integers(4, 16))
+def test_replay_fills_its_share_of_every_batch(labels: int, replay: int, share: float, batch_size: int) -> None:
+    """Labels are trained `epochs` times whatever the share; replay rows come equally often, spread over the run."""
+    schedule = ScheduleSpec(epochs=2, batch_size=batch_size, replay_share=share)
+    kinds = [False] * labels + [True] * replay
+    plan = plan_batches([5] * len(kinds), schedule, 0, kinds)
+    times = Counter(row for batch in plan for row in batch)
+    assert [times[row] for row in range(labels)] == [2] * labels
+    held = [times[row] for row in range(labels, labels + replay)]
+    assert max(held) - min(held) <= 1
+    assert sum(held) == round(2 * labels * share / (1 - share))
+    whole = [sum(kinds[row] for row in batch) for batch in plan if len(batch) == batch_size]
+    assert all(abs(count - batch_size * sum(held) / sum(times.values())) <= 2 for count in whole)
+
+
+def test_replay_alone_is_trained_like_labels() -> None:
+    assert len(plan_batches([5] * 8, ScheduleSpec(epochs=3, batch_size=8), 0, [True] * 8)) == 3
 
 
 def test_max_steps_ends_the_plan_early() -> None:
