@@ -14,8 +14,8 @@ from rich.markup import escape
 
 from labeling.errors import NightschoolError, NotFound
 from service import installation, logging
-from service.data_dir import DataDirLock
 from service.commands.local_api import Api, open_api, with_api
+from service.data_dir import DataDirLock
 from service.settings import Settings, load
 from service.stack import start_stack
 
