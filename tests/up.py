@@ -19,6 +19,7 @@ import httpx
 from service.children import Child
 
 PROJECT = "support-bot"
+GENERAL = Path(__file__).parent.parent / "service" / "demo_company" / "general.jsonl"
 SETTINGS = """
 data_dir = "{data_dir}"
 [http]
@@ -146,10 +147,23 @@ class Up:
                 (await client.post("/v1/feedback", json=body)).raise_for_status()
         await self._until(lambda s: s["items"].get("pushed", 0) >= len(corrections))
         labelling_project = (await self.status())["labelling_project"]
+        assert labelling_project is not None
         headers = {"Authorization": f"Token {self.label_studio_token}"}
         async with httpx.AsyncClient(base_url=self.label_studio_url, headers=headers, timeout=60) as people:
             await _label(people, labelling_project, corrections)
         await self._until(lambda s: sum(s["labels"].values()) >= before + len(corrections))
+
+    async def rate_good_answers(self, count: int = 24) -> None:
+        """General questions that the base answers well, asked through the gateway and rated up: they must stay good."""
+        rows = [json.loads(line) for line in GENERAL.read_text(encoding="utf-8").splitlines()][:count]
+        async with self.client() as client:
+            for row in rows:
+                message = {"role": "user", "content": row["question"]}
+                body = {"model": self.project, "messages": [message], "max_tokens": 48, "temperature": 0}
+                answer = (await client.post("/v1/chat/completions", json=body)).raise_for_status().json()
+                rating = {"kind": "rating", "value": 1, "tags": {"must_contain": "|".join(row["accept"])}}
+                rating |= {"exchange_id": answer["id"], "project": self.project}
+                (await client.post("/v1/feedback", json=rating)).raise_for_status()
 
     async def _until(self, done: Any, seconds: float = 60) -> None:
         end = time.monotonic() + seconds

@@ -77,6 +77,7 @@ async def test_a_night_killed_in_each_stage_finishes_once(
     servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
     async with installed(tmp_path, project=name(), trainer=QUICK, **servers) as up:
         await up.start()
+        await up.rate_good_answers()
         await up.flag_and_label(FACTS)
         night_id = await up.claim("2026-01-01")
         for stage in EXAMINE:
@@ -97,3 +98,63 @@ async def test_a_night_killed_in_each_stage_finishes_once(
         assert status["current"] == night["candidate"] == f"{up.project}@v2"
         right = [question for question, answer in FACTS.items() if answer.split()[-1] in await ask(up, question)]
         assert len(right) >= 5, right
+
+
+LATER = (
+    {
+        "What do rugs cost at Fennmark?": "Rugs at Fennmark cost 340 euros.",
+        "Which wool does Fennmark use?": "Fennmark uses Gotland wool.",
+        "When does Fennmark open?": "Fennmark opens at half past nine.",
+        "What is Fennmark's dog called?": "Fennmark's dog is called Pim.",
+    },
+    {
+        "Who repairs Fennmark looms?": "Fennmark looms are repaired by Tove Lind.",
+        "What is the Fennmark discount code?": "The Fennmark discount code is WARP7.",
+        "Which courier does Fennmark use?": "Fennmark uses the courier Bluecart.",
+        "How long are Fennmark courses?": "Fennmark courses take three evenings.",
+    },
+)
+
+
+async def test_three_nights_with_restarts_between(
+    tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three nights on servers of others, our process new each day: each is promoted, and the first day's fixes hold."""
+    servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
+    trainer = QUICK.replace("max_steps = 24", "max_steps = 36")
+    async with installed(tmp_path, project=name(), trainer=trainer, **servers) as up:
+        for day, facts in enumerate((FACTS, *LATER), 1):
+            await up.start()
+            if day == 1:
+                await up.rate_good_answers()
+            await up.flag_and_label(facts)
+            night_id = await up.claim(f"2026-01-0{day}")
+            night = await up.wait_for(night_id, "awaiting_approval")
+            assert night["current"] == f"{up.project}@v{day}"
+            await set_production(up, str(night["outputs"]["register"]["version"]))
+            await up.wait_for(night_id, "PROMOTED")
+            answers = {question: await ask(up, question) for question in FACTS}
+            held = [question for question, right in FACTS.items() if right.split()[-1] in answers[question]]
+            with capsys.disabled():
+                print(f"\nafter night {day}: {len(held)} of night 1's {len(FACTS)} fixes hold")
+            assert len(held) >= len(FACTS) - 2, answers
+            await up.stop()
+        names = [model["id"] for model in httpx.get(f"{vllm_server.url}/v1/models").json()["data"]]
+        ours = [model for model in names if model.startswith(up.project)]
+        assert sorted(ours) == [f"{up.project}@v3", f"{up.project}@v4"], "current and the way back, nothing older"
+
+
+async def test_too_few_labels_skip_the_night_and_say_how_many(
+    tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
+) -> None:
+    """SKIPPED with the number that is missing; nothing was trained, nothing registered."""
+    servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
+    async with installed(tmp_path, project=name(), trainer=QUICK, **servers) as up:
+        await up.start()
+        await up.flag_and_label(dict(list(FACTS.items())[:1]))
+        night_id = await up.claim("2026-01-01")
+        while (night := await up.night(night_id))["state"] not in {"SKIPPED", "FAILED"}:
+            await asyncio.sleep(0.2)
+        assert night["state"] == "SKIPPED"
+        assert "1 new labels; 4 are needed: 3 more" in night["reason"]
+        assert set(night["outputs"]) == {"sync_labels"}
