@@ -31,6 +31,7 @@ from service.app import AppState, assemble, create_app
 from service.health import Check
 from service.routes.keys import key_routes
 from service.routes.nights import NightDesk, night_routes
+from service.routes.pages import page_routes
 from service.settings import Settings
 from service.stack import Stack
 
@@ -70,7 +71,7 @@ class Installation:
             wake=self.worker.wake if self.worker else lambda: None,
         )
         keys = key_routes(self.database, self.state.keys, tuple(self.projects))
-        return create_app(self.settings, self.state, extra_routes=[*night_routes(desk), *keys])
+        return create_app(self.settings, self.state, extra_routes=[*night_routes(desk), *page_routes(desk), *keys])
 
 
 @asynccontextmanager
