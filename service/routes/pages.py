@@ -1,6 +1,6 @@
 """Pages for people: what each project serves, its nights, a night's report. Log in with a key as the password.
 
-A browser sends Basic credentials by itself, so nothing here changes anything: to decide takes the command line or MLflow.
+A browser sends Basic credentials by itself, so nothing here changes anything: that takes the command line or MLflow.
 """
 
 from __future__ import annotations
