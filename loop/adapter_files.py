@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from labeling.errors import Conflict, InvalidInput, Refused
+from labeling.errors import Conflict
 from loop.digests import canonical_json, digest_file, digest_json, sync_folder
+from loop.plain_lora import AdapterRejected, BaseMissing, expected_shapes, scaling, servable
 from loop.tensor_file import BadTensorFile, Tensor, TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,39 +34,17 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}@v[1-9][0-9]{0,8}")
 TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9][0-9]{0,4})\.(?:self_attn|mlp)\.([a-z]+_proj)\.lora_([AB])\.weight"
 )
-BLOCK_OF = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
-}
 # What changes from run to run or from release to release without changing what the adapter does.
 NOT_DIGESTED = frozenset({"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"})
-# Fields of PEFT's configuration whose only servable values are "off".
-MUST_BE_OFF = (
-    *("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters"),
-    *("exclude_modules", "use_qalora", "alora_invocation_tokens"),
-)
 BASE_FILES = (
     *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 
 
-class AdapterRejected(Refused):
-    """Its files may not reach an engine; the message names the trouble."""
-
-    code: ClassVar[str] = "adapter_rejected"
-    default_hint = "Nothing was loaded. Train it again for this base, with a rank and modules that the engine serves."
-
-
 class AdapterNameTaken(Conflict):
     code: ClassVar[str] = "adapter_name_taken"
     default_hint = "An adapter's name stands for one content for ever: register the new one as a new version."
-
-
-class BaseMissing(InvalidInput):
-    code: ClassVar[str] = "base_missing"
-    default_hint = "projects.base_dir must name a folder with config.json, *.safetensors and the tokenizer."
 
 
 @dataclass(frozen=True)
@@ -112,16 +91,16 @@ def check(
     """AdapterRejected unless the folder holds exactly a plain LoRA of this base, every value finite."""
     _only_allowed_files(folder)
     config = _config(folder)
-    rank, modules = _servable(config, max_rank, target_modules)
+    rank, modules = servable(config, max_rank, target_modules)
     if base_name is not None and config.get("base_model_name_or_path") != base_name:
         raise AdapterRejected(
             f"made for base {config.get('base_model_name_or_path')!r}; this project's is {base_name!r}"
         )
-    expected = dict(_expected_shapes(base_config, modules, rank))
+    expected = dict(expected_shapes(base_config, modules, rank))
     try:
         with open_tensors(folder / WEIGHTS) as file:
             _same_shapes(file, expected)
-            norm = _effect_norm(file, _scaling(config, rank))
+            norm = _effect_norm(file, scaling(config, rank))
             digest = _digest(config, file)
     except BadTensorFile as error:
         raise AdapterRejected(str(error)) from error
@@ -202,56 +181,6 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterRejected(f"{CONFIG} is not an object")
     return config
-
-
-def _servable(config: dict[str, Any], max_rank: int, allowed: Sequence[str]) -> tuple[int, tuple[str, ...]]:
-    """Rank and modules of a plain LoRA; vLLM serves nothing else (vllm#9280)."""
-    if config.get("peft_type") != "LORA":
-        raise AdapterRejected(f"peft_type is {config.get('peft_type')!r}; only LORA is served")
-    on = [field for field in MUST_BE_OFF if config.get(field)]
-    if on or config.get("bias", "none") != "none":
-        raise AdapterRejected(f"{on[0] if on else 'bias'} is on; engines serve plain LoRA only")
-    rank, modules = config.get("r"), config.get("target_modules")
-    if type(rank) is not int or not 1 <= rank <= max_rank:
-        raise AdapterRejected(f"rank {rank!r}: the engine serves 1 to {max_rank}")
-    if not isinstance(modules, list) or not modules or not all(isinstance(module, str) for module in modules):
-        raise AdapterRejected(f"target_modules is {str(modules)[:100]!r}, not a list of module names")
-    unknown = sorted(set(modules) - (set(allowed) & set(BLOCK_OF)))
-    if unknown:
-        raise AdapterRejected(f"module {unknown[0]!r} is not among those that are trained and served here")
-    alpha = config.get("lora_alpha")
-    if type(alpha) not in {int, float} or not 0 < float(alpha or 0) < 1e6:
-        raise AdapterRejected(f"lora_alpha is {alpha!r}")
-    return rank, tuple(sorted(set(modules)))
-
-
-def _scaling(config: dict[str, Any], rank: int) -> float:
-    return float(config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank))
-
-
-def _expected_shapes(base: dict[str, Any], modules: Sequence[str], rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Every tensor that PEFT writes for a Llama, Mistral or Qwen2 shaped decoder."""
-    try:
-        hidden, heads, layers = base["hidden_size"], base["num_attention_heads"], base["num_hidden_layers"]
-        inner = base["intermediate_size"]
-        head = base.get("head_dim") or hidden // heads
-        keys = (base.get("num_key_value_heads") or heads) * head
-    except KeyError as error:
-        raise BaseMissing(f"the base's config.json does not say {error}: its adapters cannot be checked") from error
-    sides = {
-        "q_proj": (hidden, heads * head),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (heads * head, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
-    for layer in range(layers):
-        for module in modules:
-            place = f"base_model.model.model.layers.{layer}.{BLOCK_OF[module]}.{module}"
-            yield f"{place}.lora_A.weight", (rank, sides[module][0])
-            yield f"{place}.lora_B.weight", (sides[module][1], rank)
 
 
 def _same_shapes(file: TensorFile, expected: dict[str, tuple[int, int]]) -> None:

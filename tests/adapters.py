@@ -44,7 +44,10 @@ def weights_for(base: Mapping[str, Any], *, rank: int = 4, size: float = 0.02, s
         for block, modules in sides.items():
             for module, (into, out) in modules.items():
                 place = f"base_model.model.model.layers.{layer}.{block}.{module}"
-                a, b = random.normal(size=(rank, into)) / into**0.5, random.normal(size=(out, rank)) * size
+                a, b = (
+                    random.normal(size=(rank, into)) / into**0.5,
+                    random.normal(size=(out, rank)) * size + 0.0,
+                )  # no -0.0
                 weights[f"{place}.lora_A.weight"] = a.astype(np.float32)
                 weights[f"{place}.lora_B.weight"] = b.astype(np.float32)
     return weights

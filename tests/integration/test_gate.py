@@ -19,7 +19,7 @@ import structlog
 
 from labeling.database import Database, insert_or_nothing
 from labeling.label_studio import LabelStudioServer
-from loop.adapter_files import AdapterRejected, base_digest, check, install, read_base_config
+from loop.adapter_files import base_digest, check, install, read_base_config
 from loop.aliases import NoGateway
 from loop.base_answers import OURS as PROMPTS
 from loop.base_answers import base_answers
@@ -30,6 +30,7 @@ from loop.gate import GateVerdict
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
 from loop.outputs import Delta, Registered
+from loop.plain_lora import AdapterRejected
 from loop.scoring import ExamItem, question_item, score
 from loop.settings import (
     LINEAR_LAYERS,

@@ -14,14 +14,13 @@ import pytest
 from loop.adapter_files import (
     AdapterFiles,
     AdapterNameTaken,
-    AdapterRejected,
-    BaseMissing,
     adapter_digest,
     base_digest,
     check,
     install,
     read_base_config,
 )
+from loop.plain_lora import AdapterRejected, BaseMissing
 from loop.settings import LINEAR_LAYERS
 from tests.adapters import CONFIG, TINY, WEIGHTS, Weights, tensor_bytes, weights_for, write_adapter
 
