@@ -43,6 +43,7 @@ class GateVerdict:
 
 HINTS = {
     "evidence": "Resume the night; if it comes back, look at the evaluate stage's files and at vLLM's log.",
+    "nothing kept": "Rate good answers good through feedback, switch gate.general_probes on, or add gate.tasks.",
     "silent": "The adapter answers nothing at all: look at the training loss and at the labels' corrections.",
     "not applied": "vLLM loads an adapter without effect when module names do not match, and a training that learned "
     "nothing leaves one: compare target_modules with the base, and look at the training loss.",
@@ -71,7 +72,7 @@ def decide(
     """
     if applied is False and not families:
         return _verdict((), _not_applied(applied), ())
-    broken = _evidence(families, expected, applied)
+    broken = [*_evidence(families, expected, applied), *_nothing_kept(families)]
     if broken:
         return _verdict((), broken, ())
     table = tuple(examine(families, settings))
@@ -113,6 +114,13 @@ def _evidence(families: Sequence[Family], expected: Mapping[str, int | None], ap
     return [_incomplete(problem) for problem in problems]
 
 
+def _nothing_kept(families: Sequence[Family]) -> list[Finding]:
+    if any(family.name not in FLAGGED for family in families):
+        return []
+    reason = "nothing examines what must stay as it is: no good answers, no general probes, no tasks"
+    return [Finding("nothing kept", NightState.INCONCLUSIVE, reason)]
+
+
 def _incomplete(problem: str) -> Finding:
     return Finding("evidence", NightState.INCONCLUSIVE, f"the evidence is incomplete: {problem}")
 
@@ -121,8 +129,6 @@ def _missing(families: Sequence[Family], expected: Mapping[str, int | None]) -> 
     there = Counter(family.name for family in families)
     problems = [f"family {name} is missing" for name in {"trained": None, **expected} if name not in there]
     problems += [f"family {name} is there {count} times" for name, count in there.items() if count > 1]
-    if not any(name not in FLAGGED for name in there):
-        problems.append("no family examines what must stay as it is")
     for family in families:
         wanted = expected.get(family.name)
         if wanted is not None and family.n != wanted:

@@ -203,6 +203,14 @@ def test_evidence_that_is_not_whole_never_passes(families: list[Family], says: s
     assert any(says in finding.reason for finding in verdict.findings), verdict.findings
 
 
+def test_a_gate_that_examines_only_flagged_prompts_never_passes() -> None:
+    """Fixes alone say nothing of what they cost; the hint says what to add."""
+    verdict = judge(night()[:2])
+    assert verdict.state is NightState.INCONCLUSIVE
+    assert verdict.reason.startswith("nothing examines what must stay")
+    assert "general_probes" in verdict.hint
+
+
 def test_unmeasured_effect_or_time_never_passes() -> None:
     """The two measurements beside the families fail closed as well."""
     assert judge(night(), applied=None).state is NightState.INCONCLUSIVE
