@@ -73,7 +73,9 @@ class Play:
     screen: Screen
     ready: dict[str, Any]
     nights: list[dict[str, Any]] = field(default_factory=list)
-    swap: dict[str, Any] = field(default_factory=dict)
+    swap: dict[str, Any] = field(
+        default_factory=lambda: dict.fromkeys(("requests", "failed", "approval_to_first_answer_s", "rollback_s"))
+    )
     flag_to_fixed_s: float | None = None
     first_flag_at: float = 0.0
     first_flagged: Question | None = None
