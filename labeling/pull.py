@@ -46,15 +46,27 @@ async def pull(
     """`sweep` compares everything even when it is not due yet, as a night does."""
     target = await labelling_project(database, server, project, settings)
     report = PullReport()
-    since = target.watermark - OVERLAP if target.watermark else None
-    changes = server.changed_tasks(target.server_project, since)
+    changes = server.changed_tasks(target.server_project, _since(target))
     newest = await _read(database, changes, target.server_project, settings, report)
-    await _remember(database, target, watermark=newest)
+    if newest is not None and newest != target.watermark:
+        await _remember(database, target, watermark=newest, watermark_moved_at=now())
     if sweep or _is_due(target, settings):
         await _sweep(database, server, target, settings, report)
     if report.annotations or report.reopened:
         log.info("pulled", project=project, annotations=report.annotations, labels=dict(report.labels))
     return report
+
+
+def _since(target: LabellingProject) -> datetime | None:
+    """Once the newest change is old news, whatever was slow to commit has been seen, and nothing is read again.
+
+    Twice the overlap by our clock: at least one look with the overlap came after the last slow commit could. After an
+    outage that look may be missing; a sweep is due then.
+    """
+    if target.watermark is None or target.watermark_moved_at is None:
+        return None
+    is_news = now() - target.watermark_moved_at < 2 * OVERLAP
+    return target.watermark - OVERLAP if is_news else target.watermark
 
 
 def _is_due(target: LabellingProject, settings: LabelingSettings) -> bool:

@@ -202,5 +202,6 @@ class LabellingProject(SQLModel, table=True):
     __tablename__ = "labelling_projects"
     project: str = Field(primary_key=True)
     server_project: int
-    watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+    watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by the server's clock
+    watermark_moved_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by ours
     swept_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))

@@ -62,6 +62,7 @@ def upgrade() -> None:
         sa.Column("project", sa.String(), nullable=False),
         sa.Column("server_project", sa.Integer(), nullable=False),
         sa.Column("watermark", UtcDateTime(), nullable=True),
+        sa.Column("watermark_moved_at", UtcDateTime(), nullable=True),
         sa.Column("swept_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("project"),
     )
