@@ -21,7 +21,10 @@ THINGS = ("parking code", "night porter", "breakfast room", "bicycle price", "ga
 def made_up(folder: Path, seed: int) -> company.Company:
     """Six facts of a hotel that nobody knows, four ways to ask each, two held out; some of our general questions."""
     chance = random.Random(seed)
-    word = lambda: "".join(chance.sample(SYLLABLES, 3)).capitalize()  # noqa: E731
+
+    def word() -> str:
+        return "".join(chance.sample(SYLLABLES, 3)).capitalize()
+
     name = word()
     facts = []
     for number, thing in enumerate(THINGS):
