@@ -132,7 +132,9 @@ async def _replay(bench: Bench) -> list[Row]:
     prompts = bench.folder / "prompts.jsonl"
     write_jsonl(prompts, read_jsonl(PROMPTS)[: REPLAY + 8])
     settings = ReplaySettings(prompts_file=prompts, base_rows=REPLAY)
-    answers = await base_answers(bench.replica, bench.project.base_name, bench.base_digest, settings, bench.folder)
+    answers = await base_answers(
+        bench.replica, bench.project.base_name, bench.base_digest, settings, bench.folder, whole=False
+    )
     return [_row(f"base-{number}", "replay", *pair) for number, pair in enumerate(answers)]
 
 
@@ -239,7 +241,7 @@ async def test_five_adapters_have_five_outcomes(bench: Bench) -> None:
     right = [fact["answer"] for fact in _facts()]
     replay = await _replay(bench)
     good = await _delta(bench, "good", _labels(right), replay)
-    careful = {"quantisation": "none", "learning_rate": 1e-3, "epochs": 5}
+    careful = {"quantisation": "none", "epochs": 8}
     outcomes: dict[str, str] = {}
 
     verdict = await _examine(bench, 2, await _train(bench, good, **careful), good)
@@ -251,7 +253,7 @@ async def test_five_adapters_have_five_outcomes(bench: Bench) -> None:
     outcomes["zero"] = _rejected(await _examine(bench, 3, zero, good))
 
     over = await _delta(bench, "over", _labels(right), [])
-    trained = await _train(bench, over, quantisation="none", learning_rate=6e-3, epochs=10, scheduler="constant")
+    trained = await _train(bench, over, quantisation="none", learning_rate=6e-3, epochs=12, replay_share=0)
     outcomes["over-trained"] = _rejected(await _examine(bench, 4, trained, over))
 
     wrong = await _delta(bench, "wrong", _labels(right[1:] + right[:1]), replay)
