@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
+import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -42,12 +42,10 @@ async def killed_in(up: Up, night_id: str, stage: str) -> None:
     """Waits for the stage's first folder and kills at that instant; the stage must not have been marked."""
     folder = up.data_dir / "nights" / night_id
     known = {path.name for path in folder.glob(f"{stage}.*")}
-    for _ in range(600_000):
-        if {path.name for path in folder.glob(f"{stage}.*")} - known:
-            break
-        os.sched_yield()
-        if _ % 200 == 0:
-            await asyncio.sleep(0)
+    deadline = time.monotonic() + 600
+    while not {path.name for path in folder.glob(f"{stage}.*")} - known:
+        assert time.monotonic() < deadline, f"{stage} never began"
+        time.sleep(0.0005)  # some stages last only milliseconds; nothing else happens in this process meanwhile
     await up.kill()
     assert stage not in marked(up, night_id), f"{stage} was over before the kill"
 
