@@ -20,8 +20,9 @@ from service.children import Child, ServerFailed
 from service.secret_files import kept_secret
 
 HOST = "127.0.0.1"
-LABEL_STUDIO_START_SECONDS = 600.0  # the first start migrates its database: 36 s on two free cores, 112 s on busy ones
-MLFLOW_START_SECONDS = 180.0
+# Alone on two cores the first starts, which make databases, take 36 s and 7 s; beside a training run ten times that.
+# One that ends is noticed at once; this is for one that hangs.
+START_SECONDS = 600.0
 CHECK_SECONDS = 5.0
 
 
@@ -128,7 +129,7 @@ def label_studio(settings: LabelStudioSettings, login: LabelStudioLogin, port: i
         environment=environment,
         folder=folder,
         health="/health",
-        start_seconds=LABEL_STUDIO_START_SECONDS,
+        start_seconds=START_SECONDS,
         cure="Run `make setup` again if its environment is broken; its data lie in label-studio/ of the data_dir.",
     )
 
@@ -150,7 +151,7 @@ def mlflow(port: int, folder: Path) -> Server:
         },
         folder=folder,
         health="/health",
-        start_seconds=MLFLOW_START_SECONDS,
+        start_seconds=START_SECONDS,
         cure="Install the extra nightschool[registry-server], or give [mlflow] the url of an existing server.",
     )
 
