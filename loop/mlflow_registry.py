@@ -62,7 +62,8 @@ class Registry:
         """`url`: of a managed server, which settings do not know."""
         self.url = (url or settings.url).rstrip("/")
         _configure(settings)
-        self._client = MlflowClient(tracking_uri=self.url, registry_uri=self.url)
+        # Given no address, its client makes a database of its own in the working directory.
+        self._client = MlflowClient(tracking_uri=self.url, registry_uri=self.url) if self.url else None
 
     async def check(self) -> None:
         """Answers, and knows us."""
@@ -214,9 +215,13 @@ class Registry:
     async def _call(self, what: str, work: Callable[[MlflowClient], T]) -> T:
         """In a thread: the client blocks."""
 
+        client = self._client
+        if client is None:
+            raise RegistryUnavailable(f"MLflow is not running, for {what}", hint="`nightschool up` starts it.")
+
         def run() -> T:
             with _translated(self.url, what):
-                return work(self._client)
+                return work(client)
 
         return await asyncio.to_thread(run)
 
