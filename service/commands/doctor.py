@@ -10,6 +10,7 @@ import sqlite3
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from loop.object_store import open_store
 from loop.vllm import Replica
 from service.data_dir import DataDirLock
 from service.health import database_check
+from service.servers import label_studio_command
 from service.settings import Settings, load
 
 ROOM_BYTES = 2_000_000_000
@@ -122,15 +124,14 @@ def _bases(settings: Settings) -> list[Finding]:
 
 def _managed(settings: Settings, name: str) -> Finding:
     """Installed at all? A running installation is asked through /ready instead."""
-    program = {"vllm": "vllm", "mlflow": "mlflow", "label_studio": settings.label_studio.command or "label-studio"}[
-        name
-    ]
-    beside = (Path(sys.executable).parent / program, Path(".venv-label-studio") / "bin" / program)
-    if shutil.which(program) or any(path.exists() for path in beside):
-        return Finding(name, "ok", "managed: started by `nightschool up`")
-    return Finding(
-        name, "trouble", f"{program} is not installed", "Run `make setup`, or set managed = false and a url."
-    )
+    try:
+        if name == "label_studio":
+            label_studio_command(settings.label_studio)
+        elif find_spec(name) is None:
+            raise Unhealthy(f"{name} is not installed", hint="Run `make setup`, or set managed = false and a url.")
+    except NightschoolError as error:
+        return Finding(name, "trouble", str(error), error.hint)
+    return Finding(name, "ok", "managed: started by `nightschool up`")
 
 
 async def _database(settings: Settings) -> str:
