@@ -17,6 +17,7 @@ import uvicorn
 from labeling.database import Database
 from labeling.errors import Conflict
 from labeling.label_studio import LabelStudioServer
+from loop import lease
 from loop.aliases import AliasSwitch
 from loop.clients import Clients
 from loop.executors import LocalExecutor
@@ -91,6 +92,8 @@ async def compose(
         projects = {project.name: project for project in settings.projects}
         runner = Runner(clients, projects, settings.vllm, settings.data_dir.resolve())
         worker = Worker(runner, settings.mlflow) if work else None
+        if work and database.is_sqlite:  # under the data folder's lock: one process at a time
+            await lease.free_all(database)
         state = _with_checks(state, clients)
         yield Installation(settings, stack, database, clients, state, runner, worker)
 

@@ -157,13 +157,15 @@ class Up:
         """General questions that the base answers well, asked through the gateway and rated up: they must stay good."""
         rows = [json.loads(line) for line in GENERAL.read_text(encoding="utf-8").splitlines()][:count]
         async with self.client() as client:
-            for row in rows:
-                message = {"role": "user", "content": row["question"]}
-                body = {"model": self.project, "messages": [message], "max_tokens": 48, "temperature": 0}
-                answer = (await client.post("/v1/chat/completions", json=body)).raise_for_status().json()
-                rating = {"kind": "rating", "value": 1, "tags": {"must_contain": "|".join(row["accept"])}}
-                rating |= {"exchange_id": answer["id"], "project": self.project}
-                (await client.post("/v1/feedback", json=rating)).raise_for_status()
+            await asyncio.gather(*(self._ask_and_rate(client, row) for row in rows))
+
+    async def _ask_and_rate(self, client: httpx.AsyncClient, row: dict[str, Any]) -> None:
+        message = {"role": "user", "content": row["question"]}
+        body = {"model": self.project, "messages": [message], "max_tokens": 24, "temperature": 0}
+        answer = (await client.post("/v1/chat/completions", json=body)).raise_for_status().json()
+        rating = {"kind": "rating", "value": 1, "tags": {"must_contain": "|".join(row["accept"])}}
+        rating |= {"exchange_id": answer["id"], "project": self.project}
+        (await client.post("/v1/feedback", json=rating)).raise_for_status()
 
     async def _until(self, done: Any, seconds: float = 60) -> None:
         end = time.monotonic() + seconds

@@ -74,3 +74,10 @@ async def test_losing_the_lease_cancels_the_body(database: Database) -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await body()
+
+
+async def test_an_only_process_need_not_wait_for_a_dead_holder(database: Database) -> None:
+    """Freed at once, and the dead holder's token stays outdated."""
+    dead = await lease.acquire(database, "training", "a", 3600)
+    await lease.free_all(database)
+    assert await lease.acquire(database, "training", "b", 30) > dead
