@@ -44,8 +44,8 @@ BLOCKS = {"states": states, "stages": stages, "problems": problems}
 def rendered(text: str) -> str:
     """`text` with each `<!-- name -->` … `<!-- /name -->` block drawn anew."""
     for name, draw in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, draw=draw: match[1] + draw() + match[2], text)  # type: ignore[misc]
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, draw=draw: f"{match[1]}{draw()}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
 

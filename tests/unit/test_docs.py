@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from service.cli import app
-from tests.render_docs import ROOT, rendered
+from tests.render_docs import BLOCKS, ROOT, rendered
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
@@ -19,6 +19,13 @@ def test_drawn_parts_are_current(page: Path) -> None:
     """`python -m tests.render_docs` would change nothing."""
     text = page.read_text(encoding="utf-8")
     assert rendered(text) == text
+
+
+def test_every_drawn_part_stands_somewhere() -> None:
+    """A block that no page shows would be compared with nothing."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name, draw in BLOCKS.items():
+        assert draw() in text, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
