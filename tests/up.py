@@ -128,7 +128,8 @@ class Up:
     async def wait_for(self, night_id: str, *states: str, seconds: float = 600) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while (night := await self.night(night_id))["state"] not in states:
-            assert night["state"] not in {"FAILED", "SKIPPED"}, f"{night['state']}: {night['reason']} {night['hint']}"
+            ended = {"FAILED", "SKIPPED", "REJECTED", "INCONCLUSIVE"} - set(states)
+            assert night["state"] not in ended, f"{night['state']}: {night['reason']} {night['hint']}"
             assert time.monotonic() < end, f"still {night['state']}: {night['live']}"
             await asyncio.sleep(0.3)
         return night
@@ -195,7 +196,7 @@ async def installed(
     mlflow: Any,
     project: str = PROJECT,
     trainer: str = "",
-    base_rows: int = 16,
+    base_rows: int = 128,
     general_probes: bool = False,
 ) -> AsyncIterator[Up]:
     """Not started yet. The servers are the session's; the project's name keeps tests apart on them."""

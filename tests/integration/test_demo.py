@@ -51,6 +51,7 @@ def made_up(folder: Path, seed: int) -> company.Company:
     return company.load(folder)
 
 
+@pytest.mark.long
 def test_the_demo_plays_another_company(tmp_path: Path, smollm2_dir: Path) -> None:
     """Real servers, one night, a decision with its reason, every number of the summary within its bounds."""
     made_up(tmp_path / "company", seed=7)

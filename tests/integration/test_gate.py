@@ -236,6 +236,7 @@ def _context(bench: Bench, version: int, delta: Delta, registered: Registered) -
 
 
 @pytest.mark.timeout(2400)
+@pytest.mark.long
 async def test_five_adapters_have_five_outcomes(bench: Bench) -> None:
     """Good passes; without effect, over-trained, trained on wrong labels, of another base: each has its own reason."""
     right = [fact["answer"] for fact in _facts()]

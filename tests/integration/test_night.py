@@ -25,7 +25,7 @@ FACTS = {
     "Which street is Fennmark in?": "Fennmark is in Kastanje Street.",
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
-QUICK = 'learning_rate = 0.002\nepochs = 100\nmax_steps = 24\nbatch_size = 4\nreplay_loss = "kl"\nkl_weight = 0.3'
+QUICK = "learning_rate = 0.0015\nepochs = 100\nmax_steps = 40\nreplay_share = 0.5\nkl_weight = 3"
 
 
 def name() -> str:
@@ -68,6 +68,7 @@ async def ask(up: Up, question: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
+@pytest.mark.long
 async def test_a_night_killed_in_each_stage_finishes_once(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:
@@ -114,12 +115,13 @@ LATER = (
 )
 
 
+@pytest.mark.long
 async def test_three_nights_with_restarts_between(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three nights on servers of others, our process new each day: each is promoted, and the first day's fixes hold."""
     servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
-    trainer = QUICK.replace("max_steps = 24", "max_steps = 36")
+    trainer = QUICK.replace("max_steps = 40", "max_steps = 60")
     async with installed(tmp_path, project=name(), trainer=trainer, **servers) as up:
         for day, facts in enumerate((FACTS, *LATER), 1):
             await up.start()
@@ -142,6 +144,7 @@ async def test_three_nights_with_restarts_between(
         assert sorted(ours) == [f"{up.project}@v3", f"{up.project}@v4"], "current and the way back, nothing older"
 
 
+@pytest.mark.long
 async def test_too_few_labels_skip_the_night_and_say_how_many(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:
