@@ -18,7 +18,7 @@ SENTENCE = "The capital of France is Paris, and it lies on the Seine."
 CANARY_TOKENS = 8
 STORY_TOKENS = 48
 MIXED_LOOKS = 4
-MIXED_TOLERANCE = 0.01  # nats a token; the wrong slot's weights move far more, batching none on CPU
+MIXED_TOLERANCE = 0.05  # nats a token; the wrong slot's weights moved 0.18 and more, batching nothing on CPU
 
 
 class EngineIll(Unavailable):
