@@ -27,7 +27,7 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 900
 # The environments above, whatever other one is active in this shell.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-gpu demo test check constraints clean
+.PHONY: help setup setup-gpu demo test test-long check constraints clean
 
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
