@@ -86,11 +86,9 @@ class Runner:
         with structlog.contextvars.bound_contextvars(project=night.project, night=night_id):
             try:
                 outputs = await self._finished(night_id)
-                await self._name_models(night_id, outputs)
                 for stage in stages:
                     if stage.gives not in outputs:
                         outputs[stage.gives] = await self._run(stage, night, outputs, lease_name, token)
-                        await self._name_models(night_id, outputs)
                 return await end(*self._outcome(stages, outputs))
             except lease.LeaseLost:
                 raise  # the newer holder ends this night
@@ -107,16 +105,6 @@ class Runner:
                 return await end(NightState.FAILED, f"{type(error).__name__}: {error}", hint)
             finally:
                 self.live.pop(night_id, None)
-
-    async def _name_models(self, night_id: str, outputs: dict[type[StageOutput], StageOutput]) -> None:
-        """The night's row names its candidate and what it was compared with, as soon as they are known."""
-        registered, evaluated = outputs.get(Registered), outputs.get(Evaluated)
-        if isinstance(registered, Registered):
-            current = evaluated.current if isinstance(evaluated, Evaluated) else None
-            async with self.clients.database.write() as session:
-                await session.execute(
-                    update(Night).where(col(Night.id) == night_id).values(candidate=registered.adapter, current=current)
-                )
 
     def _outcome(
         self, stages: tuple[Stage, ...], outputs: dict[type[StageOutput], StageOutput]
@@ -145,7 +133,7 @@ class Runner:
             assert isinstance(output, stage.gives), f"{stage.name} gave {type(output).__name__}"
             write_durably(folder / "output.json", canonical_json(output.model_dump(mode="json")))
             seconds = time.monotonic() - started
-            await self._mark(stage, night.id, folder, lease_name, token, seconds)
+            await self._mark(stage, night.id, output, folder, lease_name, token, seconds)
             log.info("stage_finished", seconds=round(seconds, 1))
             return output
 
@@ -174,7 +162,14 @@ class Runner:
         return project.model_copy(update={"trainer": project.trainer.with_recipe(night.recipe)})
 
     async def _mark(
-        self, stage: Stage, night_id: str, folder: Path, lease_name: str, token: int, seconds: float
+        self,
+        stage: Stage,
+        night_id: str,
+        output: StageOutput,
+        folder: Path,
+        lease_name: str,
+        token: int,
+        seconds: float,
     ) -> None:
         """The marker last, and only under the newest token: a stale worker's result is never recorded."""
         digest = await asyncio.to_thread(digest_folder, folder)
@@ -187,6 +182,8 @@ class Runner:
             await session.merge(marker)
             detail = {"stage": stage.name, "seconds": round(seconds, 3), "digest": digest}
             session.add(NightEvent(night_id=night_id, kind="stage_finished", detail=detail))
+            if names := _models_named(output):
+                await session.execute(update(Night).where(col(Night.id) == night_id).values(**names))
 
     async def _finished(self, night_id: str) -> dict[type[StageOutput], StageOutput]:
         """Outputs of marked stages whose files are still what was marked, in order, up to the first that is not."""
@@ -228,3 +225,13 @@ class Runner:
 
     async def _state(self, night_id: str) -> NightState:
         return (await self._night(night_id)).state
+
+
+def _models_named(output: StageOutput) -> dict[str, str]:
+    """What a night's row says of its models, as soon as a stage has settled it."""
+    match output:
+        case Registered():
+            return {"candidate": output.adapter}
+        case Evaluated():
+            return {"current": output.current}
+    return {}
