@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,6 +31,7 @@ from service.health import Check
 from service.routes.keys import key_routes
 from service.routes.nights import NightDesk, night_routes
 from service.routes.pages import page_routes
+from service.secret_files import write_secret
 from service.settings import Settings
 from service.stack import Stack
 
@@ -147,15 +146,6 @@ async def admin_key(installation: Installation) -> Path:
     await keys.load(installation.database)
     write_secret(path, key)
     return path
-
-
-def write_secret(path: Path, value: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(value + "\n")
-    temporary.replace(path)
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -13,7 +13,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 
 from labeling.errors import NightschoolError
-from loop.trainers.spec import ADAPTER_FILES, write_durably
+from loop.digests import write_durably
+from loop.trainers.spec import ADAPTER_FILES
 
 
 class BrokenAdapter(NightschoolError):

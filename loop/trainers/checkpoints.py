@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loop.trainers.spec import write_durably
+from loop.digests import write_durably
 
 CHECKPOINTS = "checkpoints"
 MARKER = "complete"

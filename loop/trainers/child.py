@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from labeling.errors import InvalidInput, NightschoolError
+from loop.digests import write_durably
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, tokenise
-from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest, write_durably
+from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
 PR_SET_PDEATHSIG = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 
 from labeling.errors import InvalidInput
 from labeling.settings import Strict
+from loop.digests import write_durably
 from loop.settings import LINEAR_LAYERS, TrainerSettings
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -193,21 +193,6 @@ def run_digest(spec: TrainSpec) -> str:
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     digest.update((spec.data_dir / ROWS_FILE).read_bytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Whole or not at all, also across a power cut: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _mistakes(error: ValidationError) -> str:
