@@ -20,7 +20,7 @@ from labeling.errors import Unavailable
 from loop import approval
 from loop.clients import Clients
 from loop.nightly import PROMOTE
-from loop.outputs import Decided, Drained, Loaded, Probed, SyncedLabels
+from loop.outputs import Decided, Drained, Loaded, Probed, Registered, SyncedLabels
 from loop.runner import TRAINING, Runner
 from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import NightEnds, Stage, StageContext, StageOutput
@@ -299,3 +299,18 @@ async def test_sigkill_in_any_stage_then_resume(database: Database, tmp_path: Pa
     (tmp_path / f"hold-{at}").unlink()
     assert await runner(database, tmp_path, stages(tmp_path)).examine(night_id) == NightState.AWAITING_APPROVAL
     assert runs(tmp_path) == Counter({"sync": 1, "load": 1, "decide": 1}) + Counter({at: 1})
+
+
+async def test_the_nights_row_names_its_models(database: Database, tmp_path: Path) -> None:
+    """The candidate from `register` on, also while the night still runs: reconciling must spare it."""
+    night_id = await claimed(database)
+
+    async def register(context: StageContext) -> Registered:
+        return Registered(adapter="p@v2", version=2, run_id="r", archive="a", folder=str(tmp_path))
+
+    async def see(context: StageContext) -> Decided:
+        assert (await seen(database, night_id)).candidate == "p@v2"
+        return Decided(state=NightState.REJECTED, **DECIDED)
+
+    both = (Stage("register", (), Registered, register), Stage("decide", (Registered,), Decided, see))
+    assert await runner(database, tmp_path, both).examine(night_id) == NightState.REJECTED
