@@ -14,8 +14,8 @@ from loop.settings import ReplaySettings
 from loop.vllm import Replica
 
 OURS = Path(__file__).parent / "replay_prompts" / "general.jsonl"
-CONCURRENCY = 8
-BATCH = 32
+CONCURRENCY = 32
+BATCH = 96
 
 
 class BadPromptsFile(InvalidInput):

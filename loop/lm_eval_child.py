@@ -23,7 +23,7 @@ from loop.trainers.child import die_with
 from loop.trainers.progress import Channel
 
 PROMPTS_A_REQUEST = 8
-REQUESTS_AT_ONCE = 2
+REQUESTS_AT_ONCE = 4
 
 
 class Spec(BaseModel):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +32,7 @@ RETRIES = 1
 READY_SECONDS = 30
 MAX_DESCRIPTION = 5000  # MLflow's column
 MAX_PARAM = 500
+METRICS_A_REQUEST = 1000
 KIND, NIGHT, BASE_DIGEST, ADAPTER_DIGEST = (
     *("nightschool.kind", "nightschool.night"),
     *("nightschool.base_digest", "nightschool.adapter_digest"),
@@ -97,11 +99,13 @@ class Registry:
 
         return await self._call(f"starting the run of night {night_id}", start)
 
-    async def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
-        """One request for all of them."""
+    async def log_metrics(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
+        """By step; a request for each thousand, which is as many as MLflow takes."""
         at = time.time_ns() // 1_000_000
-        rows = [Metric(key, value, at, step) for key, value in metrics.items()]
-        await self._call(f"logging metrics of run {run_id}", lambda c: c.log_batch(run_id, metrics=rows))
+        rows = [Metric(key, value, at, step) for step, found in metrics.items() for key, value in found.items()]
+        for start in range(0, len(rows), METRICS_A_REQUEST):
+            batch = rows[start : start + METRICS_A_REQUEST]
+            await self._call(f"logging metrics of run {run_id}", partial(_log_metrics, run_id=run_id, metrics=batch))
 
     async def log_files(self, run_id: str, path: Path, place: str | None = None) -> None:
         """A file or a folder as artifacts of the run, under `place`."""
@@ -224,6 +228,10 @@ class Registry:
                 return work(client)
 
         return await asyncio.to_thread(run)
+
+
+def _log_metrics(client: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
+    client.log_batch(run_id, metrics=metrics)
 
 
 def _configure(settings: MlflowSettings) -> None:

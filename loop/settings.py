@@ -36,7 +36,7 @@ class EngineSettings(Strict):
     device: str = Field("cpu", pattern="^(cpu|cuda)$", description="For managed engines")
     dtype: str = Field("bfloat16", pattern="^(bfloat16|float16|float32)$")
     max_model_len: int = Field(1024, ge=128, le=1_000_000)
-    max_num_seqs: int = Field(8, ge=1, le=1024)
+    max_num_seqs: int = Field(32, ge=1, le=1024)
     max_loras: int = Field(
         5, ge=5, le=64, description="One above the adapters ever registered: slot -1 is the base on CPU"
     )
@@ -119,7 +119,7 @@ class TrainerSettings(Strict):
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     learning_rate: float = Field(2e-3, gt=0, le=1)
     epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
-    replay_share: float = Field(0.3, ge=0, le=0.9, description="Of the rows of every batch; 0 = no replay")
+    replay_share: float = Field(0.4, ge=0, le=0.9, description="Of the rows of every batch; 0 = no replay")
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1, le=4096)
     warmup_share: float = Field(0.1, ge=0, le=1)
@@ -132,7 +132,7 @@ class TrainerSettings(Strict):
     replay_loss: str = Field(
         "kl", pattern="^(ce|kl)$", description="How replay rows hold the model: cross entropy, or KL to the base"
     )
-    kl_weight: float = Field(2.0, ge=0, le=100)
+    kl_weight: float = Field(1.35, ge=0, le=100, description="Of the mean KL beside the mean cross entropy")
     hours_allowed: float = Field(8.0, gt=0, le=168)
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
@@ -151,9 +151,9 @@ class ReplaySettings(Strict):
     prompts_file: Path | None = Field(
         None, description="JSONL of {prompt}; empty = ours. The base's own answers become rows"
     )
-    base_rows: int = Field(320, ge=0, le=1_000_000, description="How many of the base's own answers")
+    base_rows: int = Field(480, ge=0, le=1_000_000, description="How many of the base's own answers")
     base_answer_tokens: int = Field(
-        16, ge=1, le=4096, description="Enough for a KL term; for cross entropy, whole answers"
+        40, ge=1, le=4096, description="As far as apps read an answer: what lies behind is not held"
     )
 
 

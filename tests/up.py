@@ -1,4 +1,4 @@
-"""`nightschool up` as a process of its own over servers that run elsewhere, as an operator has it; it may be killed."""
+"""Nightschool as an operator has it, over servers that run elsewhere: `up`, or `serve` and `work`; it may be killed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ PROJECT = "support-bot"
 GENERAL = Path(__file__).parent.parent / "service" / "demo_company" / "general.jsonl"
 SETTINGS = """
 data_dir = "{data_dir}"
+{database}
 [http]
 port = 0
 [vllm]
@@ -64,7 +65,10 @@ allow_unattributed = true
 
 @dataclass
 class Up:
-    """One installation: a settings file, a data folder, and the process that serves it, now and then."""
+    """One installation: a settings file, a data folder, and the process that serves it, now and then.
+
+    `apart`: `serve` and `work` instead of `up`.
+    """
 
     settings: Path
     data_dir: Path
@@ -72,24 +76,32 @@ class Up:
     label_studio_token: str
     mlflow_url: str
     project: str
+    apart: bool = False
     child: Child | None = None
+    worker: Child | None = None
     ready: dict[str, Any] = field(default_factory=dict)
 
     async def start(self) -> None:
         ready = self.data_dir / "state" / "ready.json"
         ready.unlink(missing_ok=True)
-        self.child = Child.start(
-            "nightschool",
-            [sys.executable, "-m", "service.cli", "up", "--settings", str(self.settings)],
-            environment={},
-            log_path=self.data_dir / "up.log",
-        )
+        self.child = self._process("serve" if self.apart else "up")
 
         async def is_ready() -> bool:
             return ready.exists()
 
         await self.child.wait_ready(is_ready, 120)
         self.ready = json.loads(ready.read_text(encoding="utf-8"))
+
+        if self.apart:
+            self.worker = self._process("work")
+
+    def _process(self, command: str) -> Child:
+        return Child.start(
+            f"nightschool {command}",
+            [sys.executable, "-m", "service.cli", command, "--settings", str(self.settings)],
+            environment={},
+            log_path=self.data_dir / f"{command}.log",
+        )
 
     async def kill(self) -> None:
         """SIGKILL to Nightschool itself; its watchdog sees to what it leaves behind."""
@@ -98,8 +110,9 @@ class Up:
         await self.child.ended()
 
     async def stop(self) -> None:
-        if self.child is not None:
-            await self.child.stop()
+        for child in (self.worker, self.child):
+            if child is not None:
+                await child.stop()
 
     def client(self) -> httpx.AsyncClient:
         key = Path(self.ready["admin_key_file"]).read_text(encoding="utf-8").strip()
@@ -198,8 +211,12 @@ async def installed(
     trainer: str = "",
     base_rows: int = 128,
     general_probes: bool = False,
+    database_url: str = "",
 ) -> AsyncIterator[Up]:
-    """Not started yet. The servers are the session's; the project's name keeps tests apart on them."""
+    """Not started yet. The servers are the session's; the project's name keeps tests apart on them.
+
+    With the URL of a PostgreSQL, `serve` and `work` run apart.
+    """
     token_file = folder / "label-studio-token"
     token_file.write_text(label_studio.token, encoding="utf-8")
     data_dir = folder / "data"
@@ -208,6 +225,7 @@ async def installed(
     settings.write_text(
         SETTINGS.format(
             data_dir=data_dir,
+            database=f'[database]\nurl = "{database_url}"' if database_url else "",
             vllm=vllm.url,
             label_studio=label_studio.url,
             token_file=token_file,
@@ -221,7 +239,7 @@ async def installed(
         ),
         encoding="utf-8",
     )
-    up = Up(settings, data_dir, label_studio.url, label_studio.token, mlflow.url, project)
+    up = Up(settings, data_dir, label_studio.url, label_studio.token, mlflow.url, project, apart=bool(database_url))
     try:
         yield up
     finally:

@@ -26,9 +26,10 @@ class Amp(NamedTuple):
 def retention_loss(
     model: Any, batch: Batch, amp: Amp, replay_loss: Literal["ce", "kl"], kl_weight: float
 ) -> torch.Tensor:
-    """Mean over the batch's answer tokens: cross entropy, and for replay rows under "kl" kl_weight x KL(base||adapter).
+    """Mean cross entropy over the labels' answer tokens; under "kl" + kl_weight x mean KL(base||adapter) over replay's.
 
-    The base is the same model with its adapter switched off.
+    Two means, so that long replay answers do not drown short corrections. The base is the same model with its adapter
+    switched off. Under "ce" replay rows are rows like any others: one mean.
     """
     rows, answers, replay = batch["input_ids"], batch["answers"], batch["replay"]
     # In an autocast of its own and first: autocast keeps casts of weights, and casts made without gradients have none.
@@ -39,9 +40,10 @@ def retention_loss(
     if base is None:
         return functional.nll_loss(log_probs, targets)
     on_replay = replay[:, None].expand_as(answers[:, 1:])[answers[:, 1:]]
-    total = functional.nll_loss(log_probs[~on_replay], targets[~on_replay], reduction="sum")
-    total = total + kl_weight * functional.kl_div(log_probs[on_replay], base, log_target=True, reduction="sum")
-    return total / targets.numel()
+    held_loss = functional.kl_div(log_probs[on_replay], base, log_target=True, reduction="sum") / base.shape[0]
+    if on_replay.all():
+        return kl_weight * held_loss
+    return functional.nll_loss(log_probs[~on_replay], targets[~on_replay]) + kl_weight * held_loss
 
 
 def _base_log_probs(model: Any, rows: torch.Tensor, answers: torch.Tensor, amp: Amp) -> torch.Tensor:

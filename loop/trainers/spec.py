@@ -39,7 +39,7 @@ class LoraSpec(Strict):
 class ScheduleSpec(Strict):
     learning_rate: float = Field(2e-3, gt=0, le=1)
     epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
-    replay_share: float = Field(0.3, ge=0, le=0.9, description="Of the rows of every batch")
+    replay_share: float = Field(0.4, ge=0, le=0.9, description="Of the rows of every batch")
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     batch_size: int = Field(8, ge=1, le=4096)
     warmup_share: float = Field(0.1, ge=0, le=1)
@@ -47,7 +47,7 @@ class ScheduleSpec(Strict):
     max_grad_norm: float = Field(1.0, gt=0, le=1000)
     save_steps: int = Field(250, ge=1)
     replay_loss: Literal["ce", "kl"] = "kl"
-    kl_weight: float = Field(2.0, ge=0, le=100)
+    kl_weight: float = Field(1.35, ge=0, le=100)
 
 
 class LengthsSpec(Strict):

@@ -13,7 +13,7 @@ import openai
 from service.demo.api import Nightschool
 from service.demo.company import Question
 
-CONCURRENCY = 8
+CONCURRENCY = 16
 ANSWER_TOKENS = 32
 
 

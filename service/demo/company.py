@@ -71,8 +71,12 @@ class Company:
         return [Question(g.question, g.accept, g.wrong) for g in self.general[::2]]
 
     def mislabelled(self) -> list[Question]:
-        """The others: the second night's labellers get them wrong, all in the same way."""
-        return [Question(g.question, g.accept, g.wrong) for g in self.general[1::2]]
+        """The others, each asked by two people: the second night's labellers get them wrong, all in the same way."""
+        return [
+            Question(words.format(question=g.question), g.accept, g.wrong)
+            for g in self.general[1::2]
+            for words in ("{question}", "Please tell me: {question}")
+        ]
 
 
 R = TypeVar("R", bound=Strict)

@@ -87,7 +87,7 @@ def _live(night: dict[str, Any]) -> str:
     stage = live.get("stage") or night["state"]
     if "total_steps" in live:
         return f"{stage}: step {live['step']}/{live['total_steps']}, loss {live['loss']:.3f}"
-    return f"{stage} {live.get('message', '')}"
+    return f"{stage}: {live['doing']}" if "doing" in live else str(stage)
 
 
 def _mark(asked: Asked) -> str:

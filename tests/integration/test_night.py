@@ -25,7 +25,7 @@ FACTS = {
     "Which street is Fennmark in?": "Fennmark is in Kastanje Street.",
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
-QUICK = "learning_rate = 0.0015\nepochs = 100\nmax_steps = 40\nreplay_share = 0.5\nkl_weight = 3"
+QUICK = "learning_rate = 0.0015\nepochs = 100\nmax_steps = 36\nreplay_share = 0.5"
 
 
 def name() -> str:
@@ -121,7 +121,7 @@ async def test_three_nights_with_restarts_between(
 ) -> None:
     """Three nights on servers of others, our process new each day: each is promoted, and the first day's fixes hold."""
     servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
-    trainer = QUICK.replace("max_steps = 40", "max_steps = 60")
+    trainer = QUICK.replace("max_steps = 36", "max_steps = 60")
     async with installed(tmp_path, project=name(), trainer=trainer, **servers) as up:
         for day, facts in enumerate((FACTS, *LATER), 1):
             await up.start()
@@ -159,3 +159,26 @@ async def test_too_few_labels_skip_the_night_and_say_how_many(
         assert night["state"] == "SKIPPED"
         assert "1 new labels; 4 are needed: 3 more" in night["reason"]
         assert set(night["outputs"]) == {"sync_labels"}
+
+
+@pytest.mark.long
+async def test_a_night_over_serve_and_work_apart(
+    tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any, postgres_database: str
+) -> None:
+    """HTTP in one process, nights in another, PostgreSQL between: the gateway follows what the worker promotes."""
+    servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
+    async with installed(tmp_path, project=name(), trainer=QUICK, database_url=postgres_database, **servers) as up:
+        await up.start()
+        await up.rate_good_answers()
+        await up.flag_and_label(FACTS)
+        night = await up.wait_for(await up.claim("2026-01-01"), "awaiting_approval")
+        await set_production(up, str(night["outputs"]["register"]["version"]))
+        await up.wait_for(night["id"], "PROMOTED")
+        assert (await up.status())["current"] == f"{up.project}@v2"
+        await asyncio.sleep(2)  # the gateway reads the table once a second
+        right = [question for question, answer in FACTS.items() if answer.split()[-1] in await ask(up, question)]
+        assert len(right) >= 5, right
+        await up.call("POST", f"/v1/projects/{up.project}/rollback", {"why": "to see it"})
+        await asyncio.sleep(2)
+        assert (await up.status())["current"] == f"{up.project}@v1"
+        assert not [question for question, answer in FACTS.items() if answer in await ask(up, question)]
