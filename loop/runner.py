@@ -124,9 +124,9 @@ class Runner:
         token: int,
     ) -> StageOutput:
         folder = self.data_dir / "nights" / night.id / f"{stage.name}.{token}"
-        folder.mkdir(parents=True, exist_ok=True)
         with structlog.contextvars.bound_contextvars(stage=stage.name):
             await self._event(night.id, "stage_started", {"stage": stage.name, "token": token})
+            folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
             context = await self._context(stage, night, folder, outputs)
             output = await stage.run(context)

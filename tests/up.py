@@ -57,6 +57,7 @@ save_steps = 10
 base_rows = {base_rows}
 [projects.gate]
 margin_points = 50
+alpha = 0.02
 general_probes = {general_probes}
 [projects.approval]
 allow_unattributed = true

@@ -25,7 +25,8 @@ FACTS = {
     "Which street is Fennmark in?": "Fennmark is in Kastanje Street.",
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
-QUICK = "learning_rate = 0.0015\nepochs = 100\nmax_steps = 36\nreplay_share = 0.5"
+# Few facts, one phrasing each, are learned by heart in about 13 passes; half a dozen of 24 good answers may go with it.
+QUICK = "learning_rate = 0.0015\nepochs = 13\nreplay_share = 0.5"
 
 
 def name() -> str:
@@ -38,12 +39,17 @@ def marked(up: Up, night_id: str) -> set[str]:
         return {row[0] for row in database.execute("select stage from stage_markers where night_id = ?", (night_id,))}
 
 
+# How deep in a stage it is killed, where a stage lasts: a file of its folder that must be there first.
+DEPTH = {"train": "out/checkpoints/checkpoint-10/complete", "evaluate": "family-trained.jsonl"}
+
+
 async def killed_in(up: Up, night_id: str, stage: str) -> None:
-    """Waits for the stage's first folder and kills at that instant; the stage must not have been marked."""
+    """Waits until the stage has begun, or is well under way, and kills; the stage must not have been marked."""
     folder = up.data_dir / "nights" / night_id
-    known = {path.name for path in folder.glob(f"{stage}.*")}
+    wanted = f"{stage}.*/{DEPTH.get(stage, '')}".rstrip("/")
+    known = set(folder.glob(wanted))
     deadline = time.monotonic() + 600
-    while not {path.name for path in folder.glob(f"{stage}.*")} - known:
+    while not set(folder.glob(wanted)) - known:
         assert time.monotonic() < deadline, f"{stage} never began"
         time.sleep(0.0005)  # some stages last only milliseconds; nothing else happens in this process meanwhile
     await up.kill()
@@ -91,7 +97,7 @@ async def test_a_night_killed_in_each_stage_finishes_once(
         finished = Counter(event["stage"] for event in night["events"] if event["kind"] == "stage_finished")
         assert finished == dict.fromkeys([stage.name for stage in (*EXAMINE, *PROMOTE)], 1)
         started = Counter(event["stage"] for event in night["events"] if event["kind"] == "stage_started")
-        assert all(times >= 2 for times in started.values()), started
+        assert dict(started) == dict.fromkeys(finished, 2), "each was killed once and done again once"
         status = await up.status()
         assert len(status["promotions"]) == 1
         assert status["current"] == night["candidate"] == f"{up.project}@v2"
@@ -105,12 +111,20 @@ LATER = (
         "Which wool does Fennmark use?": "Fennmark uses Gotland wool.",
         "When does Fennmark open?": "Fennmark opens at half past nine.",
         "What is Fennmark's dog called?": "Fennmark's dog is called Pim.",
+        "Who sweeps the Fennmark yard?": "The Fennmark yard is swept by Oskar.",
+        "On which floor is the Fennmark kitchen?": "The Fennmark kitchen is on the fourth floor.",
+        "Which tea is served at Fennmark?": "Fennmark serves nettle tea.",
+        "When was Fennmark founded?": "Fennmark was founded in 1938.",
     },
     {
         "Who repairs Fennmark looms?": "Fennmark looms are repaired by Tove Lind.",
         "What is the Fennmark discount code?": "The Fennmark discount code is WARP7.",
         "Which courier does Fennmark use?": "Fennmark uses the courier Bluecart.",
         "How long are Fennmark courses?": "Fennmark courses take three evenings.",
+        "Who owns the Fennmark building?": "The Fennmark building is owned by Runa Holt.",
+        "What is the Fennmark newsletter called?": "The Fennmark newsletter is called Threadbare.",
+        "Where does Fennmark park its van?": "Fennmark parks its van in Linden Court.",
+        "Which prize did Fennmark win?": "Fennmark won the Golden Shuttle.",
     },
 )
 
@@ -121,8 +135,7 @@ async def test_three_nights_with_restarts_between(
 ) -> None:
     """Three nights on servers of others, our process new each day: each is promoted, and the first day's fixes hold."""
     servers = {"vllm": vllm_server, "label_studio": label_studio, "mlflow": mlflow_server}
-    trainer = QUICK.replace("max_steps = 36", "max_steps = 60")
-    async with installed(tmp_path, project=name(), trainer=trainer, **servers) as up:
+    async with installed(tmp_path, project=name(), trainer=QUICK, **servers) as up:
         for day, facts in enumerate((FACTS, *LATER), 1):
             await up.start()
             if day == 1:
