@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Column, DateTime, Dialect, Enum, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.sql.dml import Insert
 from sqlalchemy.types import TypeDecorator
@@ -81,14 +82,14 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        with _translated():
+        with translated():
             async with AsyncSession(self.engine, expire_on_commit=False) as session:
                 yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """One transaction; on SQLite one at a time, IMMEDIATE: a lock shows at the start, not at commit."""
-        with _translated():
+        with translated():
             if not self.is_sqlite:
                 async with AsyncSession(self.engine, expire_on_commit=False) as session, session.begin():
                     yield session
@@ -106,19 +107,31 @@ class Database:
         await self.engine.dispose()
 
 
-class _translated:
+# PostgreSQL's classes for a server that is down, full, starting or read-only, and for transactions that lost.
+UNAVAILABLE_STATES = ("08", "28", "3D", "40", "53", "57", "58", "25006")
+
+
+class translated:
     """Turns the driver's "unreachable, locked, full, read-only" into our retryable error, nothing else."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OperationalError | ConnectionError | OSError) or (
-            isinstance(error, DBAPIError) and error.connection_invalidated
-        ):
+        if error is not None and _unavailable(error):
             raise DatabaseUnavailable(
                 f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}"
             ) from error
+
+
+def _unavailable(error: BaseException) -> bool:
+    """asyncpg's errors arrive wrapped as plain DBAPIError: the SQLSTATE tells what happened."""
+    if isinstance(error, OperationalError | ConnectionError | OSError | PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    return error.connection_invalidated or state.startswith(UNAVAILABLE_STATES)
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

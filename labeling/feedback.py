@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
+from sqlmodel.sql.expression import SelectOfScalar
 
 from labeling.database import Database, insert_or_nothing, now
 from labeling.exchanges import link_waiting
@@ -108,6 +109,7 @@ async def _fold_one(
     case = _case(feedback, exchange)
     feedback.folded_at = now()
     if feedback.kind is FeedbackKind.COMMENT:
+        await _attach_comment(session, case)
         return
     if feedback.kind is FeedbackKind.RATING and float(feedback.value) >= settings.low_rating:
         await _keep_good_answer(session, case)
@@ -130,6 +132,14 @@ def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
     return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
 
 
+async def _attach_comment(session: AsyncSession, case: _Case) -> None:
+    """A comment alone makes nothing a problem; where the prompt is one already, its labeller reads it."""
+    item = (await session.execute(_rounds(case))).scalar_one_or_none()
+    if item is not None:
+        exchange_id = case.exchange.id if case.exchange else None
+        session.add(ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id))
+
+
 async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
     needed = case.feedback.tags.get("must_contain", "")
     row = GoodAnswer(
@@ -144,14 +154,7 @@ async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
 
 
 async def _item(session: AsyncSession, case: _Case, held_out_share: float) -> ReviewItem:
-    rounds = (
-        select(ReviewItem)
-        .where(col(ReviewItem.project) == case.feedback.project, col(ReviewItem.prompt_digest) == case.digest)
-        .order_by(col(ReviewItem.round).desc())
-        .limit(1)
-        .with_for_update()
-    )
-    latest = (await session.execute(rounds)).scalar_one_or_none()
+    latest = (await session.execute(_rounds(case))).scalar_one_or_none()
     if latest is not None and not await _recurred(session, latest, case):
         return latest
     seed = case.exchange.id if case.exchange else case.digest
@@ -166,6 +169,17 @@ async def _item(session: AsyncSession, case: _Case, held_out_share: float) -> Re
     )
     session.add(item)
     return item
+
+
+def _rounds(case: _Case) -> SelectOfScalar[ReviewItem]:
+    """The newest item of this prompt."""
+    return (
+        select(ReviewItem)
+        .where(col(ReviewItem.project) == case.feedback.project, col(ReviewItem.prompt_digest) == case.digest)
+        .order_by(col(ReviewItem.round).desc())
+        .limit(1)
+        .with_for_update()
+    )
 
 
 async def _recurred(session: AsyncSession, item: ReviewItem, case: _Case) -> bool:

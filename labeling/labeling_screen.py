@@ -6,6 +6,7 @@ stands in the box (`value`), not in a prediction: that would be a finished entry
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ SCREEN = """<View style="max-width: 62rem; margin: 0 auto; padding-bottom: 2rem"
 """
 
 
+COMMENT_SHOWN = 500
+
+
 @dataclass(frozen=True)
 class Opinion:
     """What one labeller said; None where nothing was chosen or written."""
@@ -51,10 +55,13 @@ class Opinion:
     must_contain: tuple[str, ...] = ()
 
 
-def task_data(item: ReviewItem) -> dict[str, str]:
-    """The draft, which the labeller edits, is the correction that a user offered, else the flagged answer."""
+def task_data(item: ReviewItem, comments: Sequence[str] = ()) -> dict[str, str]:
+    """The draft, which the labeller edits, is the correction that a user offered, else the flagged answer.
+
+    `comments`: what users said of it, the newest first.
+    """
     return {
-        "why": _printable(_why(item)),
+        "why": _printable(_why(item, comments)),
         "conversation": _printable("\n\n".join(_message(message) for message in item.messages)),
         "flagged_answer": _printable(item.answer),
         "draft": _printable(item.prefilled or item.answer),
@@ -100,21 +107,23 @@ def _text(name: str, text: str) -> dict[str, Any]:
     return _part(name, "textarea", {"text": [text]})
 
 
-def _why(item: ReviewItem) -> str:
+def _why(item: ReviewItem, comments: Sequence[str]) -> str:
     flags = "Flagged once" if item.count <= 1 else f"Flagged {item.count} times"
     reasons = f": {', '.join(item.reasons)}" if item.reasons else ""
     lines = [f"{flags}{reasons}."]
     if item.prefilled:
         lines.append("A user offered the correction below; check it.")
-    return " ".join([*lines, *([f"Answered by {item.served}."] if item.served else [])])
+    lines += [f"Answered by {item.served}."] if item.served else []
+    said = [f"“{' '.join(comment.split())[:COMMENT_SHOWN]}”" for comment in comments]
+    return " ".join([*lines, *(["Users say:"] if said else []), *said])
 
 
 def _message(message: dict[str, Any]) -> str:
     role = str(message.get("role", "user")).upper()
-    return f"{role}\n{_content(message.get('content'))}"
+    return f"{role}\n{content_text(message.get('content'))}"
 
 
-def _content(content: Any) -> str:
+def content_text(content: Any) -> str:
     """OpenAI's content is a text or a list of parts; parts that are not text are named."""
     if isinstance(content, list):
         return "\n".join(str(part.get("text", f"[{part.get('type')}]")) for part in content if isinstance(part, dict))

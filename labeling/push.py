@@ -20,10 +20,11 @@ from labeling.label_studio_http import LabelStudioRefused
 from labeling.labeling_screen import task_data
 from labeling.labelling_projects import labelling_project
 from labeling.settings import LabelingSettings
-from labeling.tables import ItemState, ReviewItem
+from labeling.tables import Feedback, ItemMember, ItemState, ReviewItem
 
 log = structlog.get_logger(__name__)
 TASKS_PER_IMPORT = 50
+COMMENTS_SHOWN = 3
 
 
 @dataclass
@@ -47,9 +48,9 @@ async def push(database: Database, server: LabelStudioServer, project: str, sett
     return report
 
 
-def as_task(item: ReviewItem) -> NewTask:
+def as_task(item: ReviewItem, comments: Sequence[str]) -> NewTask:
     """The server hands out the lowest score first."""
-    return NewTask(item.id, task_data(item), queue_score(item.score))
+    return NewTask(item.id, task_data(item, comments), queue_score(item.score))
 
 
 def queue_score(score: float) -> float:
@@ -86,7 +87,8 @@ async def _remove_withdrawn(database: Database, server: LabelStudioServer, proje
 async def _push_some(
     database: Database, server: LabelStudioServer, target: int, items: Sequence[ReviewItem], report: PushReport
 ) -> None:
-    tasks = {item.id: as_task(item) for item in items}
+    comments = await shown_comments(database, [item.id for item in items])
+    tasks = {item.id: as_task(item, comments.get(item.id, ())) for item in items}
     there, outdated = _sorted_out(await server.find_tasks(target, tasks), tasks)
     await server.delete_tasks(target, outdated)
     missing = [task for item_id, task in tasks.items() if item_id not in there]
@@ -98,6 +100,23 @@ async def _push_some(
     changed_meanwhile = await _mark_pushed(database, items, now_there)
     await server.delete_tasks(target, changed_meanwhile)
     report.removed += len(outdated) + len(spare) + len(changed_meanwhile)
+
+
+async def shown_comments(database: Database, items: Sequence[str]) -> dict[str, list[str]]:
+    """What users said, the newest first, `COMMENTS_SHOWN` an item."""
+    said = (
+        select(col(ItemMember.item_id), col(Feedback.comment))
+        .join(Feedback, col(Feedback.id) == col(ItemMember.feedback_id))
+        .where(col(ItemMember.item_id).in_(items), col(Feedback.comment).is_not(None), col(Feedback.comment) != "")
+        .order_by(col(Feedback.created_at).desc(), col(Feedback.id))
+    )
+    found: dict[str, list[str]] = {}
+    async with database.read() as session:
+        for item_id, comment in await session.execute(said):
+            heard = found.setdefault(item_id, [])
+            if comment not in heard and len(heard) < COMMENTS_SHOWN:
+                heard.append(str(comment))
+    return found
 
 
 def _sorted_out(found: dict[str, list[SeenTask]], tasks: dict[str, NewTask]) -> tuple[dict[str, SeenTask], list[int]]:

@@ -53,7 +53,7 @@ def suite_items(gate: GateSettings) -> list[ExamItem]:
     return [
         ExamItem(id=f"{path.stem}/{row.get('id', number)}", messages=[{"role": "user", "content": row["question"]}])
         for folder in folders
-        for path in sorted(folder.glob("*.jsonl"))
+        for path in sorted(folder.rglob("*.jsonl"))
         for number, row in enumerate(read_jsonl(path))
         if isinstance(row.get("question"), str)
     ]

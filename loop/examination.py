@@ -19,12 +19,15 @@ from loop.lm_eval import Rows, Served
 from loop.outputs import FamilyResult
 from loop.scoring import ExamItem, held_out_items, score
 from loop.settings import GateSettings, Scoring
-from loop.vllm import Message, Replica
+from loop.vllm import Replica
 
 TIMED_PROMPTS = 5
 TIMED_TOKENS = 16
 
-Answers = dict[str, dict[str, str]]  # by model name, by digest of the messages
+BYTES_A_TOKEN = 3  # of the shortest usual tokens, so that an answer as long as the reference is never cut
+LONGEST_ANSWER_TOKENS = 1024
+
+Answers = dict[str, dict[str, str]]  # by model name, by digest of the messages and of how much may be answered
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,24 @@ class Examiner:
 
     async def ask(self, families: Mapping[str, Sequence[ExamItem]]) -> Answers:
         """Every item of every family, of each distinct model."""
-        asked = {prompt_digest(item.messages): item.messages for items in families.values() for item in items}
+        asked = {self._digest(item): item for items in families.values() for item in items}
         return {model.name: await self._ask(model, asked) for model in self.models.distinct()}
 
-    async def _ask(self, model: Served, asked: Mapping[str, list[Message]]) -> dict[str, str]:
+    def _digest(self, item: ExamItem) -> str:
+        return digest_json([item.messages, self._tokens(item)])
+
+    def _tokens(self, item: ExamItem) -> int:
+        """`gate.answer_tokens`, or room for an answer as long as the reference: a cut one can't be right."""
+        if item.must_contain or item.reference is None:
+            return self.gate.answer_tokens
+        long = len(item.reference.encode()) // BYTES_A_TOKEN
+        return max(self.gate.answer_tokens, min(long, LONGEST_ANSWER_TOKENS))
+
+    async def _ask(self, model: Served, asked: Mapping[str, ExamItem]) -> dict[str, str]:
         key = {
             "what": "answers",
             "weights": model.digest,
             "engine": dict(self.engine),
-            "tokens": self.gate.answer_tokens,
         }
         known: dict[str, str] = self.cache.get(key) or {}
         missing = [digest for digest in asked if digest not in known]
@@ -66,12 +78,12 @@ class Examiner:
             self.progress({"doing": f"asking {model.name}", "questions": len(missing)})
             answers = await self.replica.ask_many(
                 model.name,
-                [asked[digest] for digest in missing],
-                max_tokens=self.gate.answer_tokens,
+                [asked[digest].messages for digest in missing],
+                max_tokens=[self._tokens(asked[digest]) for digest in missing],
                 concurrency=self.concurrency,
             )
             known = {**known, **{digest: answer.text for digest, answer in zip(missing, answers, strict=True)}}
-            if any(text.strip() for text in known.values()):  # an engine that answers nothing is ill: not kept
+            if any(answer.text.strip() for answer in answers):  # an engine that answers nothing is ill: not kept
                 self.cache.put(key, known)
         return {digest: known[digest] for digest in asked}
 
@@ -100,7 +112,7 @@ class Examiner:
         )
 
     def _examined(self, family: str, item: ExamItem, answers: Answers) -> ExaminedItem:
-        digest = prompt_digest(item.messages)
+        digest = self._digest(item)
         scoring = _scoring(family, item, self.gate.scoring)
 
         def result(model: Served) -> Result:
@@ -153,16 +165,12 @@ def _paired(models: Models, task: str, rows: Mapping[str, Mapping[str, Rows]]) -
     ]
 
 
-def prompt_digest(messages: Sequence[Message]) -> str:
-    return digest_json(list(messages))
-
-
 def _items(path: Path) -> list[ExamItem]:
     return [ExamItem.model_validate(row) for row in read_jsonl(path)]
 
 
 def _scoring(family: str, item: ExamItem, chosen: Scoring) -> Scoring:
     """A good answer that came without `must_contain` must stay similar, not letter by letter the same."""
-    if family == "good_answers" and not item.must_contain and chosen in {Scoring.CONTAINS, Scoring.EXACT}:
+    if family == "good_answers" and not item.must_contain:
         return Scoring.CHRF
     return chosen

@@ -6,6 +6,7 @@ A holder that was paused past its lease (swap, SIGSTOP) finds its token outdated
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -76,19 +77,28 @@ async def free_all(database: Database) -> None:
 
 @asynccontextmanager
 async def renewed(database: Database, name: str, token: int, seconds: float) -> AsyncIterator[None]:
-    """Keeps an acquired lease by a heartbeat each third of `seconds`, then releases it; its loss cancels the body."""
+    """Keeps an acquired lease by a heartbeat each third of `seconds`, then releases it; LeaseLost ends the body."""
     body = asyncio.current_task()
     assert body is not None
-    beat = asyncio.create_task(_heartbeat(database, name, token, seconds, body), name=f"lease {name}")
+    lost = asyncio.Event()
+    beat = asyncio.create_task(_heartbeat(database, name, token, seconds, body, lost), name=f"lease {name}")
     try:
         yield
+    except asyncio.CancelledError:
+        if not lost.is_set():
+            raise
+        body.uncancel()  # our own: the caller's task goes on with other work
+        raise LeaseLost(f"the lease {name!r} was taken over by a newer holder") from None
     finally:
         beat.cancel()
         await asyncio.gather(beat, return_exceptions=True)
-        await release(database, name, token)
+        with contextlib.suppress(Unavailable):  # it runs out by itself; the body's own end must not be hidden
+            await release(database, name, token)
 
 
-async def _heartbeat(database: Database, name: str, token: int, seconds: float, body: asyncio.Task[object]) -> None:
+async def _heartbeat(
+    database: Database, name: str, token: int, seconds: float, body: asyncio.Task[object], lost: asyncio.Event
+) -> None:
     while True:
         await asyncio.sleep(seconds / 3)
         try:
@@ -101,6 +111,7 @@ async def _heartbeat(database: Database, name: str, token: int, seconds: float, 
                 )
         except LeaseLost:
             log.error("lease_lost", lease=name, token=token)
+            lost.set()
             body.cancel("lease lost")
             return
         except Unavailable as error:  # the next beat may find the database back before the lease ends

@@ -82,9 +82,14 @@ async def run_tasks(
     missing = [model for model in models if any(found[model.name, task.name] is None for task in tasks)]
     if missing:
         for pair, rows in (await _measure(harness, tasks, missing)).items():
-            harness.cache.put(keys[pair], rows)
+            if _sound(rows):  # an engine that was ill is asked again, not remembered
+                harness.cache.put(keys[pair], rows)
             found[pair] = rows
     return {model.name: {task.name: found[model.name, task.name] or [] for task in tasks} for model in models}
+
+
+def _sound(rows: Rows) -> bool:
+    return all(row["score"] is not None for row in rows) and any(row["answer"].strip() for row in rows)
 
 
 def _key(harness: Harness, model: Served, task: TaskSettings, files: str) -> dict[str, Any]:

@@ -24,11 +24,17 @@ async def prepare(clients: Clients, project: ProjectSettings) -> None:
     base = Adapter(name=project.base_version, project=project.name, version=1, digest=digest, base_digest=digest)
     async with clients.database.write() as session:
         await session.execute(insert_or_nothing(session, base))
-        kept = await session.get(Adapter, base.name)
         await session.execute(insert_or_nothing(session, Serving(project=project.name, current=base.name)))
+    await require_same_base(clients, project, digest)
+    await clients.registry.ensure_model(project.name, base_digest=digest, base_name=project.base_name)
+
+
+async def require_same_base(clients: Clients, project: ProjectSettings, digest: str) -> None:
+    """BaseChanged unless the base folder is the one that the project was set up with."""
+    async with clients.database.read() as session:
+        kept = await session.get(Adapter, project.base_version)
     if kept is not None and kept.digest != digest:
         raise BaseChanged(
             f"project {project.name!r} was set up with base {kept.digest[:19]}…; {project.base_dir} is {digest[:19]}…",
             hint="Put the old folder back, or start a new project (another name) for the new base.",
         )
-    await clients.registry.ensure_model(project.name, base_digest=digest, base_name=project.base_name)

@@ -20,7 +20,7 @@ from loop.mlflow_registry import ADAPTER_DIGEST
 from loop.reconcile import ensure_loaded
 from loop.serving import follow, get_adapter, get_serving, latest_promotion, switch_to
 from loop.settings import ProjectSettings
-from loop.tables import Adapter, Evidence, Night, NightState
+from loop.tables import Adapter, Evidence, Night, NightState, Promotion
 
 log = structlog.get_logger()
 UNATTRIBUTED = "mlflow (unattributed)"
@@ -105,7 +105,7 @@ async def roll_back(clients: Clients, project: ProjectSettings, *, by: str, why:
         by=by,
         why=why or "roll back",
         night_id=night.id if night else None,
-        rolls_back=night is not None and night.state == NightState.PROMOTED,
+        rolls_back=night is not None and night.state in {NightState.PROMOTED, NightState.PROMOTING},
     )
     await follow(clients, project)
 
@@ -119,7 +119,7 @@ async def _load_where_possible(clients: Clients, project: ProjectSettings, targe
         except Unavailable as error:
             log.warning("replica_skipped", replica=replica.url, code=error.code, reason=str(error))
             down.append(error)
-    if len(down) == len(clients.replicas):
+    if down and len(down) == len(clients.replicas):
         raise down[0]
 
 
@@ -129,7 +129,10 @@ async def _way_back(clients: Clients, project: ProjectSettings, current: Adapter
         raise NoWayBack(f"project {project.name!r} has nothing to roll back to; {current.name} serves")
     target = await get_adapter(clients, name)
     night = await _night_of(clients, target)
-    proved = target.name == project.base_version or (night is not None and night.state == NightState.PROMOTED)
+    async with clients.database.read() as session:
+        served = await session.execute(select(Promotion.id).where(Promotion.to_adapter == target.name).limit(1))
+    rolled_back = night is not None and night.state == NightState.ROLLED_BACK
+    proved = target.name == project.base_version or (served.first() is not None and not rolled_back)
     if target.project != project.name or target.version >= current.version or not proved:
         raise NoWayBack(
             f"{name} is no way back from {current.name}",

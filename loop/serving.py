@@ -12,7 +12,7 @@ from labeling.errors import Conflict, NotFound, Refused, Unavailable
 from loop import states
 from loop.clients import Clients
 from loop.settings import ProjectSettings
-from loop.tables import Adapter, NightState, Promotion, Serving
+from loop.tables import Adapter, Night, NightState, Promotion, Serving
 
 log = structlog.get_logger()
 
@@ -65,10 +65,12 @@ async def switch_to(
     why: str,
     night_id: str | None,
     rolls_back: bool = False,
+    promotes: bool = False,
 ) -> Promotion:
     """Row, record, the night's state when rolled back: one transaction. Then the gateway.
 
-    ServedMeanwhile unless `expected` serves. A switch that was done already, and cut short, is found, not done again.
+    ServedMeanwhile unless `expected` serves and, when it `promotes`, its night is still promoting. A switch that was
+    done already, and cut short, is found, not done again.
     """
     async with clients.database.write() as session:
         promotion = await latest_promotion(session, project.name)
@@ -76,6 +78,9 @@ async def switch_to(
         if serving is None:
             raise NothingServed(f"project {project.name!r} serves nothing yet")
         if not (serving.current == adapter and promotion is not None and promotion.to_adapter == adapter):
+            night = await session.get(Night, night_id, populate_existing=True) if promotes and night_id else None
+            if night is not None and night.state != NightState.PROMOTING:
+                raise ServedMeanwhile(f"night {night.id} is {night.state} by now: nothing is switched for it")
             if serving.current != expected:
                 raise ServedMeanwhile(f"{serving.current} serves project {project.name!r} now, no longer {expected}")
             promotion = Promotion(

@@ -136,7 +136,12 @@ class TrainerSettings(Strict):
     hours_allowed: float = Field(8.0, gt=0, le=168)
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
-        """These settings with some replaced, checked like any others; raises BadRecipe."""
+        """These settings with some replaced, checked like any others; raises BadRecipe.
+
+        Not `python`: which program runs is the installation's choice, never a caller's.
+        """
+        if "python" in recipe:
+            raise BadRecipe("this night's recipe: python is set in the settings file only")
         try:
             return TrainerSettings.model_validate({**self.model_dump(), **recipe})
         except ValidationError as error:

@@ -19,7 +19,7 @@ MOVES: dict[S, frozenset[S]] = {
     S.RUNNING: frozenset({S.SKIPPED, S.FAILED, S.REJECTED, S.INCONCLUSIVE, S.AWAITING_APPROVAL}),
     S.FAILED: frozenset({S.RUNNING}),
     S.AWAITING_APPROVAL: frozenset({S.PROMOTING, S.REFUSED, S.EXPIRED}),
-    S.PROMOTING: frozenset({S.PROMOTED, S.FAILED}),
+    S.PROMOTING: frozenset({S.PROMOTED, S.FAILED, S.ROLLED_BACK}),
     S.PROMOTED: frozenset({S.ROLLED_BACK}),
     S.ROLLED_BACK: frozenset({S.PROMOTING}),
 }

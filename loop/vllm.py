@@ -92,7 +92,11 @@ class Replica:
         response = await self._send("GET", "/v1/models")
         if response.status_code != 200:
             self._fail(response, "the list of models")
-        return [ServedModel(card["id"], card.get("root") or "", card.get("parent")) for card in response.json()["data"]]
+        try:
+            cards = response.json()["data"]
+            return [ServedModel(card["id"], card.get("root") or "", card.get("parent")) for card in cards]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineUnavailable(f"{self.url}/v1/models is not vLLM's list of models") from error
 
     async def models(self) -> list[str]:
         return [model.name for model in await self.served_models()]
@@ -147,16 +151,17 @@ class Replica:
         return Answer(text, time.monotonic() - started, choice.get("finish_reason") or "")
 
     async def ask_many(
-        self, served: str, asked: Sequence[Sequence[Message]], *, max_tokens: int, concurrency: int
+        self, served: str, asked: Sequence[Sequence[Message]], *, max_tokens: int | Sequence[int], concurrency: int
     ) -> list[Answer]:
-        """Answers in the order asked; the first failure cancels the rest."""
+        """Answers in the order asked, of at most so many tokens each; the first failure cancels the rest."""
         gate = asyncio.Semaphore(concurrency)
+        limits = [max_tokens] * len(asked) if isinstance(max_tokens, int) else max_tokens
 
-        async def one(messages: Sequence[Message]) -> Answer:
+        async def one(messages: Sequence[Message], limit: int) -> Answer:
             async with gate:
-                return await self.ask(served, messages, max_tokens=max_tokens)
+                return await self.ask(served, messages, max_tokens=limit)
 
-        return await _all([one(messages) for messages in asked])
+        return await _all([one(messages, limit) for messages, limit in zip(asked, limits, strict=True)])
 
     async def tokens(self, served: str, messages: Sequence[Message], *, answered: bool = True) -> list[int]:
         """Token ids in the engine's own template; `answered`: the last message is the assistant's whole answer."""

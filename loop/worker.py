@@ -119,22 +119,36 @@ class Worker:
 
     async def _nights(self) -> None:
         """Claimed and interrupted nights, the oldest first; a look every few seconds finds other processes' claims."""
-        await self._forever(self.runner.examine, NightState.CLAIMED, NightState.RUNNING)
+        await self._forever(self.runner.examine, NightState.CLAIMED, NightState.RUNNING, before=self._catch_up)
+
+    async def _catch_up(self) -> None:
+        """A claim that the database did not take at its due second is made at the next look."""
+        for project in self.runner.projects.values():
+            await schedule.catch_up(self.runner.clients.database, project)
 
     async def _promotions(self) -> None:
         """Beside the nights: a promotion must not wait for another project's training."""
         await self._forever(self.runner.promote, NightState.PROMOTING)
 
-    async def _forever(self, run: Callable[[str], Awaitable[NightState]], *states: NightState) -> None:
+    async def _forever(
+        self,
+        run: Callable[[str], Awaitable[NightState]],
+        *states: NightState,
+        before: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         wake = asyncio.Event()
         self._wakes.append(wake)
         while True:
             wake.clear()
             try:
+                if before is not None:
+                    await before()
                 for night_id in await self._waiting(*states):
                     await run(night_id)
             except NightschoolError as error:
                 log.warning("nights_not_run", states=states, code=error.code, reason=str(error), hint=error.hint)
+            except Exception:  # the edge of a task that nobody awaits: dead, no night would ever run again
+                log.exception("nights_not_run", states=states)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), timeout=LOOK_SECONDS)
 

@@ -22,7 +22,7 @@ from loop.settings import ProjectSettings
 from loop.tables import Serving
 from service.auth import Caller, Scope
 
-REFUSED_SECONDS = 1.0  # how long a replica that refused a connection is asked last
+REFUSED_SECONDS = 10.0  # how long a replica that refused a connection is asked last
 IMMUTABLE = re.compile(r"(?P<project>[a-z0-9-]+)@v[1-9][0-9]*")
 
 

@@ -148,6 +148,8 @@ async def _again(seconds: float, load: Callable[[], Coroutine[Any, Any, None]]) 
             await load()
         except NightschoolError as error:
             log.warning("not_refreshed", error=str(error))
+        except Exception:  # the edge of a task that nobody awaits: dead, it would leave an old alias serving
+            log.exception("not_refreshed")
 
 
 async def _drain(state: AppState) -> None:

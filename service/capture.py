@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -145,14 +145,15 @@ def exchange_of(captured: Captured) -> Exchange:
         streamed=captured.streamed,
         key_id=captured.key_id,
         latency_ms=captured.latency_ms,
-        created_at=captured.created_at,
+        created_at=captured.created_at - timedelta(milliseconds=captured.latency_ms),  # of the request, not its end
     )
 
 
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
-    if "messages" in request:
-        return list(request["messages"])
-    prompt = request.get("prompt")
+    messages = request.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        return messages
+    prompt = request.get("prompt")  # vLLM passes over fields that it does not know, `messages` here included
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):

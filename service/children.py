@@ -116,7 +116,10 @@ class Child:
 
     def last_lines(self) -> str:
         """The end of the log, on one line, and where the rest is."""
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - LOG_BYTES_READ))
-            lines = log.read().decode(errors="replace").splitlines()
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - LOG_BYTES_READ))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError:
+            return f"(no log at {self.log_path})"
         return f"{' | '.join(line.strip() for line in lines[-LOG_LINES_SHOWN:] if line.strip())} (log: {self.log_path})"

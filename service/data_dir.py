@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from labeling.errors import Conflict
+from labeling.errors import Conflict, InvalidInput
 
 WRITTEN_WITHIN_SECONDS = 2.0
 
@@ -23,6 +23,11 @@ class DataDirInUse(Conflict):
         "Stop that process, or use it: commands find it by themselves. "
         "A second installation needs a data_dir of its own."
     )
+
+
+class UnusableDataDir(InvalidInput):
+    code = "unusable_data_dir"
+    default_hint = "Give data_dir a folder that this user may write to."
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,11 @@ class DataDirLock:
         self.url = url
 
     def __enter__(self) -> Self:
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UnusableDataDir(f"cannot use data_dir {self.data_dir}: {error.strerror}") from error
         if not _locked_soon(self._descriptor):
             os.close(self._descriptor)
             holder = self.holder(self.data_dir)
@@ -60,6 +68,8 @@ class DataDirLock:
             descriptor = os.open(data_dir / "lock", os.O_RDONLY)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UnusableDataDir(f"cannot use data_dir {data_dir}: {error.strerror}") from error
         try:
             deadline = time.monotonic() + WRITTEN_WITHIN_SECONDS
             while not _locked(descriptor, fcntl.LOCK_SH):

@@ -80,7 +80,12 @@ class Request:
 
     def upstream_headers(self) -> dict[str, str]:
         passed = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
-        return {**passed, "Content-Type": "application/json", "X-Request-Id": self.own_id}
+        return {
+            **passed,
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "X-Request-Id": self.own_id,
+        }
 
     def reply_headers(self, response: aiohttp.ClientResponse) -> Headers:
         kept = {name: response.headers[name] for name in ("Content-Type", "Retry-After") if name in response.headers}

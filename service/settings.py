@@ -151,5 +151,8 @@ def _secret(reference: str, folder: Path, place: str, mistakes: list[str]) -> st
         except OSError as error:
             mistakes.append(f"{place}: cannot read {name}: {error.strerror}")
             return None
+        except UnicodeDecodeError:
+            mistakes.append(f"{place}: {name} is not text in UTF-8")
+            return None
     mistakes.append(f'{place}: write a secret as "env:NAME" or "file:PATH", not as itself')
     return None

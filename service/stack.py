@@ -136,7 +136,11 @@ class Kept:
             log.error("server_ended", server=self.server.name, status=status, last=child.last_lines(), pause=pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            child = self.child = self.server.start(self.log_dir)
+            try:
+                child = self.child = self.server.start(self.log_dir)
+            except OSError as error:
+                log.error("server_not_restarted", server=self.server.name, error=str(error))
+                continue  # the ended child is looked at again after a longer pause
             await self._ready_again(child)
 
     async def _ready_again(self, child: Child) -> None:

@@ -50,7 +50,7 @@ class Replicas:
             flight.via(upstream)
             try:
                 response = await self._post(upstream, path, body, headers)
-            except aiohttp.ClientConnectorError as error:
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:  # nothing was sent
                 self._aliases.refused(upstream)
                 self.failed(upstream, "refused", error)
                 reason = "no replica accepts connections"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from pydantic import ValidationError
+
 from labeling.database import insert_or_nothing
 from loop import training_examples as examples
 from loop.adapter_files import base_digest
@@ -14,6 +16,7 @@ from loop.outputs import Delta
 from loop.scoring import ExamItem, held_out_items
 from loop.stage import NightEnds, StageContext
 from loop.tables import LabelUse, NightState
+from loop.trainers.spec import Row
 from loop.vllm import Replica
 
 
@@ -22,7 +25,7 @@ async def run(context: StageContext) -> Delta:
     async with clients.database.read() as session:
         chosen = await examples.choose_labels(session, project.name, project.replay.max_rows)
         good = await examples.good_answers(session, project.name, project.gate.good_answers)
-    _enough(chosen, project.min_labels)
+    _enough(len(chosen.new), chosen, project.min_labels)
     replica = clients.replicas[0]
     answers = await base_answers(
         replica,
@@ -37,11 +40,13 @@ async def run(context: StageContext) -> Delta:
     good_items = [examples.good_answer_item(answer) for answer in good]
     cleaned = clean(rows, held_out + _held_out_file(context), good_items + suite_items(project.gate))
     kept, too_long = await _short_enough(replica, project.base_name, cleaned.kept, project.trainer.max_length)
+    kept, unfit = _trainable(kept)
     kept_ids = {row["id"] for row in kept}
+    new = sum(label.id in kept_ids for label in chosen.new)
+    _enough(new, chosen, project.min_labels, (*cleaned.dropped, *too_long, *unfit))
     trained = [label for label in chosen.trained if label.id in kept_ids]
     _write(context, kept, [examples.label_item(label) for label in trained], held_out, good_items)
     await _record_use(context, chosen, kept_ids)
-    new = sum(label.id in kept_ids for label in chosen.new)
     return Delta(
         data_dir=str(context.folder),
         digest=digest_folder(context.folder),
@@ -50,18 +55,19 @@ async def run(context: StageContext) -> Delta:
         replay_rows=len(trained) - new,
         base_rows=sum(row["kind"] == "replay" for row in kept),
         held_out_items=len(held_out),
-        notes=(*cleaned.dropped, *too_long, *_held_back(chosen)),
+        notes=(*cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
     )
 
 
-def _enough(chosen: examples.ChosenLabels, needed: int) -> None:
-    have = len(chosen.new)
+def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tuple[str, ...] = ()) -> None:
+    """Counted again once the unfit are out: a night on what is left would be worth nothing."""
     if have >= needed:
         return
     held = f" ({len(chosen.held_back)} more are held back after a rejected night)" if chosen.held_back else ""
+    reasons = f". {'; '.join(left_out[:5])}" if left_out else ""
     raise NightEnds(
         NightState.SKIPPED,
-        f"{have} new labels{held}; {needed} are needed: {needed - have} more",
+        f"{have} new labels{held}; {needed} are needed: {needed - have} more{reasons}",
         "Label more items, lower `min_labels`, or confirm held labels with `nightschool labels confirm`.",
     )
 
@@ -101,6 +107,20 @@ async def _short_enough(
         if length > max_length
     )
     return kept, notes
+
+
+def _trainable(rows: list[examples.Row]) -> tuple[list[examples.Row], tuple[str, ...]]:
+    """One conversation that the trainer can't take (pictures, tool calls) is left out and named: it stops no night."""
+    kept, unfit = [], []
+    for row in rows:
+        try:
+            Row.model_validate(row)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            unfit.append(f"{row['id']} left out of training: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        else:
+            kept.append(row)
+    return kept, tuple(unfit)
 
 
 async def _record_use(context: StageContext, chosen: examples.ChosenLabels, kept: set[str]) -> None:

@@ -33,7 +33,7 @@ async def run(context: StageContext) -> Decided:
     write_durably(context.folder / "report.json", canonical_json(evidence.summary))
     await keep_evidence(context.clients.database, evidence)
     await context.clients.objects.put_folder(f"{facts.registered.archive}/report", context.folder)
-    await _tell_registry(context, facts, evidence.hash)
+    await _tell_registry(context, facts, evidence.hash, report_path)
     verdict = facts.verdict
     return Decided(
         state=verdict.state,
@@ -110,11 +110,13 @@ async def _stage_seconds(context: StageContext) -> dict[str, float]:
         return {marker.stage: marker.seconds for marker in rows.scalars()}
 
 
-async def _tell_registry(context: StageContext, facts: NightFacts, evidence_hash: str) -> None:
+async def _tell_registry(context: StageContext, facts: NightFacts, evidence_hash: str, report_path: Path) -> None:
     """Tags and description for every decision; the alias last, and only when passed: it is what asks for approval."""
     registry, project, version = context.clients.registry, facts.project, facts.registered.version
     tags = {"nightschool.decision": facts.verdict.state.value, "nightschool.evidence": evidence_hash}
     await registry.set_tags(project, version, tags)
     await registry.set_description(project, version, model_card(facts, evidence_hash))
+    await registry.log_files(facts.registered.run_id, report_path, "report")
+    await registry.finish_run(facts.registered.run_id, tags=tags)
     if facts.verdict.passed:
         await registry.set_alias(project, "candidate", version)

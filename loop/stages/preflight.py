@@ -8,6 +8,7 @@ from pathlib import Path
 from labeling.errors import Refused
 from loop.adapter_files import base_digest
 from loop.outputs import Delta, Preflight
+from loop.projects import require_same_base
 from loop.settings import ProjectSettings
 from loop.stage import StageContext
 from loop.trainers.spec import render, write_spec
@@ -23,6 +24,7 @@ async def run(context: StageContext) -> Preflight:
     delta = context.take(Delta)
     project = context.project
     digest = base_digest(project.base_dir)
+    await require_same_base(context.clients, project, digest)
     checks = [
         f"base {project.base_name}: {digest}",
         _rank_servable(project, context.engine.max_lora_rank),

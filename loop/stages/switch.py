@@ -26,6 +26,7 @@ async def run(context: StageContext) -> Switched:
         by=approval.by,
         why=approval.why,
         night_id=context.night_id,
+        promotes=True,
     )
     await follow(clients, project)
     return Switched(from_adapter=promotion.from_adapter, to_adapter=promotion.to_adapter, promotion_id=promotion.id)

@@ -6,6 +6,7 @@ from sqlalchemy import func
 from sqlmodel import col, select
 
 from labeling.feedback import fold
+from labeling.label_studio_http import LabelStudioUnavailable
 from labeling.pull import pull
 from labeling.push import push
 from labeling.tables import Label, LabelState
@@ -17,8 +18,11 @@ from loop.training_examples import choose_labels
 async def run(context: StageContext) -> SyncedLabels:
     clients, project = context.clients, context.project
     await fold(clients.database, project.name, project.labeling)
-    await push(clients.database, clients.label_studio, project.name, project.labeling)
-    await pull(clients.database, clients.label_studio, project.name, project.labeling, sweep=True)
+    try:
+        await push(clients.database, clients.label_studio, project.name, project.labeling)
+        await pull(clients.database, clients.label_studio, project.name, project.labeling, sweep=True)
+    except LabelStudioUnavailable as error:
+        context.log.warning("label_studio_down", reason=str(error), consequence="labels as they came back before")
     async with clients.database.read() as session:
         counts = dict(
             (

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from labeling.errors import Unavailable
+from labeling.errors import NightschoolError, Unavailable
 from loop.adapter_files import check, read_base_config
 from loop.outputs import Delta, Preflight, Trained
 from loop.stage import StageContext
@@ -17,6 +17,11 @@ from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
 
 METRICS_SECONDS = 1.0
 LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes")
+
+
+class TookTooLong(NightschoolError):
+    code = "took_too_long"
+    default_hint = "Raise trainer.hours_allowed or train less; `night run --resume` goes on from the last checkpoint."
 
 
 async def run(context: StageContext) -> Trained:
@@ -34,15 +39,19 @@ async def run(context: StageContext) -> Trained:
         lines.put_nowait(line)
 
     logging = asyncio.create_task(_log_metrics(context, run_id, lines), name="training metrics")
+    hours = context.project.trainer.hours_allowed
     try:
-        await context.clients.executor.run(
-            f"loop.trainers.{context.project.trainer.backend}",
-            context.folder / "spec.json",
-            on_progress=show,
-            log_path=context.folder / "trainer.log",
-            environment={},
-            python=context.project.trainer.python,
-        )
+        async with asyncio.timeout(hours * 3600):
+            await context.clients.executor.run(
+                f"loop.trainers.{context.project.trainer.backend}",
+                context.folder / "spec.json",
+                on_progress=show,
+                log_path=context.folder / "trainer.log",
+                environment={},
+                python=context.project.trainer.python,
+            )
+    except TimeoutError:
+        raise TookTooLong(f"training took longer than trainer.hours_allowed = {hours:g}") from None
     finally:
         lines.put_nowait({})
         await logging

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service.commands.local_api import Api, with_api
@@ -29,7 +30,15 @@ def show(path: Path, *, as_json: bool) -> None:
         table = Table("id", "name", "scopes", "project", "created", "revoked")
         for row in rows:
             scopes = ", ".join(row["scopes"])
-            table.add_row(row["id"], row["name"], scopes, row["project"] or "all", row["created_at"], row["revoked_at"])
+            cells = (
+                row["id"],
+                row["name"],
+                scopes,
+                row["project"] or "all",
+                row["created_at"],
+                row["revoked_at"] or "",
+            )
+            table.add_row(*map(escape, cells))
         Console().print(table)
 
     with_api(path, body)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from labeling.labeling_screen import content_text
 from service.commands.local_api import Api, with_api
 
 
@@ -19,7 +21,8 @@ def held(path: Path, *, project: str | None, as_json: bool) -> None:
             return
         table = Table("id", "prompt", "correction", "by")
         for row in rows:
-            table.add_row(row["id"], row["prompt"][-1]["content"], row["correction"], ", ".join(row["annotators"]))
+            cells = (row["id"], content_text(row["prompt"][-1].get("content")), row["correction"], *row["annotators"])
+            table.add_row(*(escape(str(cell)) for cell in (*cells[:3], ", ".join(cells[3:]))))
         Console().print(table if rows else "No label is held back.")
 
     with_api(path, body)

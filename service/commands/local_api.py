@@ -38,8 +38,11 @@ class WhichProject(InvalidInput):
 
 @dataclass(frozen=True)
 class Api:
+    """`served`: by a process that runs, so that a worker takes up what is asked for."""
+
     client: httpx.AsyncClient
     settings: Settings
+    served: bool
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None, **params: Any) -> Any:
         try:
@@ -81,7 +84,7 @@ async def open_api(settings: Settings) -> AsyncIterator[Api]:
         async with httpx.AsyncClient(
             base_url=holder.url, headers=_key(data_dir), timeout=TIMEOUT_SECONDS, trust_env=False
         ) as client:
-            yield Api(client, settings)
+            yield Api(client, settings, served=True)
         return
     with DataDirLock(data_dir, f"process {os.getpid()}"):
         async with installation.compose(settings, Stack.configured(settings), None, work=False) as composed:
@@ -90,7 +93,7 @@ async def open_api(settings: Settings) -> AsyncIterator[Api]:
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://nightschool", headers=_key(data_dir), timeout=TIMEOUT_SECONDS
             ) as client:
-                yield Api(client, settings)
+                yield Api(client, settings, served=bool(settings.database.url))
 
 
 def _key(data_dir: Path) -> dict[str, str]:

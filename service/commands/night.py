@@ -102,7 +102,10 @@ def show(path: Path, night_id: str | None, *, project: str | None, as_json: bool
 def approve(path: Path, night_id: str | None, *, project: str | None, why: str) -> None:
     async def body(api: Api) -> dict[str, Any]:
         chosen = night_id or (await _newest(api, api.project(project), {"awaiting_approval", "ROLLED_BACK"}))["id"]
-        await api.call("POST", f"/v1/nights/{chosen}/approve", {"why": why})
+        night: dict[str, Any] = await api.call("POST", f"/v1/nights/{chosen}/approve", {"why": why})
+        if not api.served:
+            Console().print("Approved. Nothing runs now: `nightschool up` promotes it when it starts.")
+            return night
         return await _watch(api, chosen)
 
     _print(with_api(path, body))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+
+from labeling.database import translated
 
 FOLDER = Path(__file__).parent
 
@@ -30,7 +32,15 @@ def upgrade(url: str) -> None:
 async def _upgrade(url: str) -> None:
     engine = create_async_engine(url, poolclass=NullPool)
     try:
-        async with engine.begin() as connection:
-            await connection.run_sync(lambda sync: command.upgrade(config(sync), "head"))
+        with translated():
+            await _locked_upgrade(engine)
     finally:
         await engine.dispose()
+
+
+async def _locked_upgrade(engine: AsyncEngine) -> None:
+    """`serve` and `work` may start at the same instant on an empty PostgreSQL: the second waits for the first."""
+    async with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('nightschool schema'))"))
+        await connection.run_sync(lambda sync: command.upgrade(config(sync), "head"))

@@ -64,7 +64,7 @@ def feedback_routes(
         caller = keys.authenticate(request.headers.get("authorization"))
         caller.require(Scope.FEEDBACK)
         raw = await request.body()
-        body = parse(_decode(raw))
+        body = _parsed(raw)
         row = feedback_row(body, _project(body, caller, projects), caller.key_id)
         return await ingest.submit(row, _once(request, caller, raw))
 
@@ -78,11 +78,13 @@ def feedback_routes(
     return [send_feedback, show_feedback]
 
 
-def _decode(raw: bytes) -> Any:
+def _parsed(raw: bytes) -> FeedbackBody:
     try:
-        return msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return parse(msgspec.json.decode(raw))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise MalformedBody(f"the body is not JSON in UTF-8: {error}") from None
+    except RecursionError:
+        raise MalformedBody("the body is nested too deeply") from None
 
 
 def _project(body: FeedbackBody, caller: Caller, projects: tuple[str, ...]) -> str:

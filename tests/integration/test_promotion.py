@@ -19,6 +19,7 @@ from loop.evidence_check import NotPromotable
 from loop.mlflow_registry import Registry
 from loop.promotion import NoWayBack
 from loop.reconcile import reconcile
+from loop.serving import ServedMeanwhile, switch_to
 from loop.settings import ApprovalSettings, MlflowSettings
 from loop.states import WrongState
 from loop.tables import Adapter, Evidence, NightState
@@ -402,3 +403,42 @@ async def test_the_drain_waits_for_requests_on_the_old_adapter(company: Company)
         await asyncio.sleep(0.5)
         assert not task.done()
     assert await task == NightState.PROMOTED
+
+
+async def test_a_roll_back_while_the_promotion_drains(company: Company) -> None:
+    """The night is ROLLED_BACK, its promotion does not end as PROMOTED, and it may be approved again."""
+    night_id = await company.examined()
+    with company.aliases.flight(company.project.name, APP):
+        promoting = asyncio.create_task(company.promote(night_id))
+        await eventually(lambda: company.aliases.current(company.project.name) == company.name(2), 20)
+        await promotion.roll_back(company.clients, company.project, by="ada", why="looks wrong")
+    with pytest.raises(WrongState):
+        await promoting
+    assert (await company.night(night_id)).state == NightState.ROLLED_BACK
+    assert (await company.serving()).current == company.name(1)
+    assert await company.promote(night_id) == NightState.PROMOTED
+
+
+async def test_a_switch_is_not_repeated_for_a_night_that_was_rolled_back(company: Company) -> None:
+    """Interrupted after its switch, then rolled back by a person: resumed, it must not switch again."""
+    night_id = await company.promoted()
+    await promotion.roll_back(company.clients, company.project, by="ada", why="looks wrong")
+    with pytest.raises(ServedMeanwhile):
+        await switch_to(
+            company.clients,
+            company.project,
+            company.name(2),
+            expected=company.name(1),
+            by="ada",
+            why="resumed",
+            night_id=night_id,
+            promotes=True,
+        )
+
+
+async def test_a_roll_back_without_any_replica_at_hand(company: Company) -> None:
+    """From the command line while nothing runs: the table moves, the replicas follow when they are back."""
+    await company.promoted()
+    offline = replace(company.clients, replicas=())
+    await promotion.roll_back(offline, company.project, by="ada", why="at night")
+    assert (await company.serving()).current == company.name(1)

@@ -8,6 +8,7 @@ import hashlib
 import pytest
 
 from labeling.database import Database
+from service.app import assemble, create_app
 from service.auth import (
     Caller,
     KeyRing,
@@ -20,8 +21,9 @@ from service.auth import (
     list_keys,
     revoke_key,
 )
+from service.routes.keys import key_routes
 from service.tables import ApiKey
-from tests.running import rows
+from tests.running import Service, rows, serving, settings_for
 
 
 async def test_key_is_shown_once_and_stored_as_hash(database: Database) -> None:
@@ -85,3 +87,24 @@ def test_scopes_and_projects() -> None:
     admin = Caller("k", "ops", frozenset({"admin"}), None)
     for scope in Scope:
         admin.require(scope, "anything")
+
+
+async def test_a_projects_admin_reaches_its_own_keys_only(database: Database) -> None:
+    """It can neither make a key of every project, nor see or end another project's."""
+    names = ("one", "two")
+    settings = settings_for([], projects=names)
+    state = assemble(settings, database)
+    operator, _ = await create_key(database, "operator", ["admin"])
+    routes = key_routes(database, state.keys, names)
+    async with (
+        serving(create_app(settings, state, extra_routes=routes)) as url,
+        await Service(url, settings, state).client("admin", project="one") as client,
+    ):
+        for project in (None, "two"):
+            wanted = {"name": "more", "scopes": ["admin"], "project": project}
+            assert (await client.post("/v1/keys", json=wanted)).status_code == 403
+        made = await client.post("/v1/keys", json={"name": "app", "scopes": ["feedback"], "project": "one"})
+        assert made.status_code == 201, made.text
+        assert {row["project"] for row in (await client.get("/v1/keys")).json()} == {"one"}
+        assert (await client.delete(f"/v1/keys/{operator}")).status_code == 403
+        assert (await client.delete(f"/v1/keys/{made.json()['id']}")).status_code == 200

@@ -167,3 +167,11 @@ async def test_too_slow_is_an_error(tmp_path: Path) -> None:
         await child.wait_ready(never, 0.3)
     await child.stop()
     assert await all_gone(pids, 0) == []
+
+
+async def test_a_log_that_was_deleted_is_no_trouble(tmp_path: Path) -> None:
+    """logs/ may be deleted while a server runs; its restart must not fail for that."""
+    child = Child.start("short", [sys.executable, "-c", ""], environment={}, log_path=tmp_path / "logs" / "short.log")
+    await child.ended()
+    (tmp_path / "logs" / "short.log").unlink()
+    assert "no log" in child.last_lines()

@@ -176,3 +176,19 @@ def test_a_task_that_its_folder_does_not_hold_is_named(tmp_path: Path) -> None:
     assert set(tasks_digest_parts(OURS)) == {"nightschool_general", "nightschool_choices"}
     with pytest.raises(BadTask, match="task: mine"):
         tasks_digest_parts([TaskSettings(name="mine", folder=tmp_path)])
+
+
+async def test_a_long_answer_is_asked_for_at_length(tmp_path: Path) -> None:
+    """Cut at `answer_tokens`, it could not be what it was, whichever model gives it: it would prove nothing."""
+    long = "word " * 200
+    good = ExamItem(id="g", messages=[{"role": "user", "content": "tell me"}], reference=long)
+    async with FakeVllm() as fake:
+        await serve(fake, tmp_path)
+        await examiner(fake, tmp_path, Models(BASE, BASE, CANDIDATE)).ask({"good_answers": [good], "trained": items(1)})
+        limits = {
+            seen.body["messages"][0]["content"]: seen.body["max_tokens"]
+            for seen in fake.seen
+            if "max_tokens" in seen.body
+        }
+    assert limits["q0"] == QUICK.answer_tokens
+    assert limits["tell me"] >= 200

@@ -21,6 +21,8 @@ from labeling.database import Database, new_id, now
 from labeling.exchanges import record
 from labeling.feedback import fold, is_held_out, prompt_digest
 from labeling.feedback_body import InvalidFeedback, parse
+from labeling.labeling_screen import task_data
+from labeling.push import shown_comments
 from labeling.selection import score
 from labeling.settings import LabelingSettings
 from labeling.tables import (
@@ -35,7 +37,7 @@ from labeling.tables import (
     ReviewItem,
     Verdict,
 )
-from service.ingest import IngestFull, IngestWriter, forget_answers
+from service.ingest import IngestFull, IngestWriter, feedback_row, forget_answers
 from service.metrics import Metrics
 from service.tables import IdempotentAnswer
 from tests.running import PROJECT, Service, count, rows, service, settings_for
@@ -424,3 +426,26 @@ def test_score_rises_with_severity_and_count() -> None:
     assert all(line == sorted(line) for line in values)
     for line, following in itertools.pairwise(values):
         assert all(a < b for a, b in zip(line, following, strict=True))
+
+
+async def test_a_body_nested_without_end_is_malformed(running: Service, client: httpx.AsyncClient) -> None:
+    """Not an error of ours."""
+    deep = b"[" * 600 + b"]" * 600
+    body = b'{"kind":"flag","answer":"a","messages":[{"role":"user","content":' + deep + b"}]}"
+    answer = await client.post(PATH, content=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
+
+
+async def test_comments_reach_the_labeller(database: Database) -> None:
+    """That of a flag, and one that came alone about the same prompt."""
+    asked = {"messages": [{"role": "user", "content": "When?"}], "answer": "At five."}
+    for kind, comment in (("flag", "We close at six."), ("comment", "Ask the shop."), ("flag", None)):
+        body = parse({**asked, "kind": kind, **({"comment": comment} if comment else {})})
+        async with database.write() as session:
+            session.add(feedback_row(body, PROJECT, "k"))
+        await fold(database, PROJECT, SETTINGS)
+    (item,) = await rows(database, ReviewItem)
+    assert item.count == 2, "a comment alone is no flag"
+    said = await shown_comments(database, [item.id])
+    assert said == {item.id: ["Ask the shop.", "We close at six."]}
+    assert "“Ask the shop.” “We close at six.”" in task_data(item, said[item.id])["why"]

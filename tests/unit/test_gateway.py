@@ -414,3 +414,13 @@ async def test_current_for_apps_that_talk_to_vllm(running: Service, client: http
     missing = await client.get("/v1/models/nobody/current")
     assert missing.status_code == 404
     assert missing.headers["content-type"] == "application/problem+json"
+
+
+def test_messages_that_are_none_are_not_taken_for_any() -> None:
+    """vLLM ignores `messages` beside a prompt; stored as they came, they would stop the project's labelling."""
+    answer = json.dumps({"choices": [{"index": 0, "text": "hello"}]}).encode()
+    strange: tuple[object, ...] = (["y"], None, "text", {})
+    for messages in strange:
+        body = json.dumps({"model": PROJECT, "prompt": "one", "messages": messages}).encode()
+        exchange = exchange_of(Captured(PROJECT, "c", BASE, body, answer, False, False, 1.0, None, None, "k"))
+        assert exchange.messages == [{"role": "user", "content": "one"}]
