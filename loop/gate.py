@@ -189,7 +189,7 @@ def losses(table: Sequence[FamilyVerdict], settings: GateSettings) -> list[Findi
 
 
 def _loss_text(line: FamilyVerdict) -> str:
-    where = "over all families that did not gain" if line.name == POOL else f"in {line.name}"
+    where = "over the pooled families" if line.name == POOL else f"in {line.name}"
     return (
         f"significant loss {where}: {_percent(line.current)} -> {_percent(line.candidate)} of {line.n} "
         f"({line.lost} newly wrong, {line.won} newly right; p = {line.p_loss_holm:.2g} after Holm)"
@@ -262,7 +262,7 @@ def open_bounds(table: Sequence[FamilyVerdict], settings: GateSettings) -> list[
 
 
 def _open_text(line: FamilyVerdict, settings: GateSettings) -> str:
-    where = "over all families that did not gain" if line.name == POOL else f"in {line.name}"
+    where = "over the pooled families" if line.name == POOL else f"in {line.name}"
     return (
         f"the loss {where} may be up to {100 * line.loss_bound:.1f} points with n = {line.n}, and the margin is "
         f"{settings.margin_points:g}: {_about(line.needed)}"

@@ -76,19 +76,42 @@ class FamilyVerdict:
 
 
 def examine(families: Sequence[Family], settings: GateSettings) -> list[FamilyVerdict]:
-    """A line a family and one of the pool: all that did not gain (docs/decisions/0002-gate-pooling.md says why)."""
+    """A line a family, and one of the pool that small ones lean on (docs/decisions/0002-gate-pooling.md says why)."""
     lines = [_line(family, settings) for family in families]
-    rest = [family for family, line in zip(families, lines, strict=True) if line.bound_by != "gain"]
-    if len(rest) == 1:
-        lines = [replace(line, bound_by="own") if line.name == rest[0].name else line for line in lines]
-    elif rest:
-        lines.append(replace(_line(_pool(rest), settings), bound_by="own"))
+    pooled = _pooled(families, lines, settings)
+    if len(pooled) == 1:
+        lines = [replace(line, bound_by="own") if line.name == pooled[0].name else line for line in lines]
+    elif pooled:
+        lines.append(replace(_line(_pool(pooled), settings), bound_by="own"))
     adjusted = statistics.holm([line.p_loss for line in lines])
     return [_with_needed(replace(line, p_loss_holm=p), settings) for line, p in zip(lines, adjusted, strict=True)]
 
 
+def _pooled(families: Sequence[Family], lines: Sequence[FamilyVerdict], settings: GateSettings) -> list[Family]:
+    """The families too small to be bounded alone; where they are too few even together, the large ones beside them.
+
+    Large ones stay out otherwise: many items of theirs, right or wrong by luck, would hide what a small one lost.
+    """
+    kept = [(family, line) for family, line in zip(families, lines, strict=True) if line.bound_by != "gain"]
+    small = [family for family, line in kept if line.bound_by == "pool"]
+    if not small or sum(family.n for family in small) >= _standalone(settings):
+        return small
+    return [family for family, _ in kept]
+
+
+def _standalone(settings: GateSettings) -> int:
+    return statistics.standalone_items(settings.margin_points / 100, settings.alpha)
+
+
+def lost_beyond_margin(line: FamilyVerdict, settings: GateSettings) -> bool:
+    """A small family whose seen loss is the margin or more: no pool may excuse it."""
+    return line.bound_by == "pool" and line.current - line.candidate >= settings.margin_points / 100
+
+
 def is_open(line: FamilyVerdict, settings: GateSettings) -> bool:
     """Its loss can't be said to be below the margin."""
+    if line.bound_by == "pool":
+        return lost_beyond_margin(line, settings)
     return line.bound_by == "own" and not line.loss_bound < settings.margin_points / 100
 
 
@@ -100,7 +123,7 @@ def _pool(families: Sequence[Family]) -> Family:
 
 def _line(family: Family, settings: GateSettings) -> FamilyVerdict:
     p_loss, p_gain, bound = _tests(family, settings.alpha)
-    own = family.n >= statistics.standalone_items(settings.margin_points / 100, settings.alpha)
+    own = family.n >= _standalone(settings)
     return FamilyVerdict(
         name=family.name,
         n=family.n,

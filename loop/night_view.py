@@ -113,13 +113,13 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
                 "correction": label.correction,
                 "annotators": label.annotators,
             }
-            for label, night_id in rows.tuples()
+            for label, night_id in rows
         ]
 
 
 async def _counts(session: AsyncSession, state: Any, project_column: Any, project: str) -> dict[str, int]:
     rows = await session.execute(select(state, func.count()).where(project_column == project).group_by(state))
-    return {str(value): count for value, count in rows.tuples()}
+    return {str(value): count for value, count in rows}
 
 
 async def _all(session: AsyncSession, query: Any) -> list[Any]:

@@ -156,7 +156,7 @@ class ReplaySettings(Strict):
     prompts_file: Path | None = Field(
         None, description="JSONL of {prompt}; empty = ours. The base's own answers become rows"
     )
-    base_rows: int = Field(480, ge=0, le=1_000_000, description="How many of the base's own answers")
+    base_rows: int = Field(400, ge=0, le=1_000_000, description="How many of the base's own answers")
     base_answer_tokens: int = Field(
         40, ge=1, le=4096, description="As far as apps read an answer: what lies behind is not held"
     )

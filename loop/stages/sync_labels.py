@@ -31,9 +31,7 @@ async def run(context: StageContext) -> SyncedLabels:
                     .where(col(Label.project) == project.name)
                     .group_by(col(Label.state))
                 )
-            )
-            .tuples()
-            .all()
+            ).all()
         )
         chosen = await choose_labels(session, project.name, project.replay.max_rows)
     return SyncedLabels(

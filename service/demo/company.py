@@ -71,11 +71,11 @@ class Company:
         return [Question(g.question, g.accept, g.wrong) for g in self.general[::2]]
 
     def mislabelled(self) -> list[Question]:
-        """The others, each asked by two people: the second night's labellers get them wrong, all in the same way."""
+        """The others, each asked by three people: the second night's labellers get them wrong, all in the same way."""
         return [
             Question(words.format(question=g.question), g.accept, g.wrong)
             for g in self.general[1::2]
-            for words in ("{question}", "Please tell me: {question}")
+            for words in ("{question}", "Please tell me: {question}", "{question} I need to know.")
         ]
 
 

@@ -201,7 +201,7 @@ class Play:
             for a in asked:
                 await self.the_app.flag(a, "I think this is wrong.")
         await self._label({question.text: question for question in questions}, len(asked))
-        night = await self._night(date.today() + timedelta(days=1), {"epochs": 2})
+        night = await self._night(date.today() + timedelta(days=1), {"epochs": 1.5})
         self.nights.append(night_summary(night))
         if self.nights[0]["decision"] == "PROMOTED":
             await self._back_and_forward()

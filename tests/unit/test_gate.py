@@ -112,7 +112,7 @@ def test_small_losses_everywhere_are_a_loss_together() -> None:
     families = [family("trained", 24, won=23), *[family(f"task:{k}", 100, right=100, lost=4) for k in "abcdef"]]
     verdict = judge(families)
     assert verdict.state is NightState.REJECTED
-    assert "over all families" in verdict.reason
+    assert "over the pooled families" in verdict.reason
 
 
 def test_too_little_evidence_is_inconclusive_and_says_how_much_more() -> None:
