@@ -11,6 +11,8 @@ from loop.settings import GateSettings
 
 FLAGGED = ("trained", "held_out")
 POOL = "pool"
+TASK = "task:"
+AGAINST_BASE = " against base"
 MODELS = ("base", "current", "candidate")
 
 
@@ -79,12 +81,22 @@ def examine(families: Sequence[Family], settings: GateSettings) -> list[FamilyVe
     """A line a family, and one of the pool that small ones lean on (docs/decisions/0002-gate-pooling.md says why)."""
     lines = [_line(family, settings) for family in families]
     pooled = _pooled(families, lines, settings)
+    lines += [_line(family, settings) for family in _against_base(families)]
     if len(pooled) == 1:
         lines = [replace(line, bound_by="own") if line.name == pooled[0].name else line for line in lines]
     elif pooled:
         lines.append(replace(_line(_pool(pooled), settings), bound_by="own"))
     adjusted = statistics.holm([line.p_loss for line in lines])
     return [_with_needed(replace(line, p_loss_holm=p), settings) for line, p in zip(lines, adjusted, strict=True)]
+
+
+def _against_base(families: Sequence[Family]) -> list[Family]:
+    """Tasks once more, with the base in the place of current: night by night almost the margin would add up."""
+    return [
+        Family(f"{family.name}{AGAINST_BASE}", tuple(replace(item, current=item.base) for item in family.items))
+        for family in families
+        if family.name.startswith(TASK) and any(item.base != item.current for item in family.items)
+    ]
 
 
 def _pooled(families: Sequence[Family], lines: Sequence[FamilyVerdict], settings: GateSettings) -> list[Family]:

@@ -64,6 +64,7 @@ async def examine(settings: Settings) -> list[Finding]:
     found += [
         _managed(settings, name) for name in ("vllm", "label_studio", "mlflow") if getattr(settings, name).managed
     ]
+    found += _missing(settings)
     for replica in settings.vllm.replicas:
         found.append(await _try(f"vllm {replica.url}", _served(settings, replica.url)))
     if settings.label_studio.url:
@@ -72,6 +73,21 @@ async def examine(settings: Settings) -> list[Finding]:
         found.append(await _try("mlflow", lambda: _mlflow(settings)))
     found.append(await _try("object_store", lambda: _objects(settings)))
     return found
+
+
+def _missing(settings: Settings) -> list[Finding]:
+    """Without one of these the file loads, and nothing works."""
+    there = {
+        "vllm": settings.vllm.managed or settings.vllm.replicas,
+        "label_studio": settings.label_studio.managed or settings.label_studio.url,
+        "mlflow": settings.mlflow.managed or settings.mlflow.url,
+    }
+    cure = "Set managed = true, or say where it runs: url, and for vllm [[vllm.replicas]]."
+    return [
+        Finding(name, "trouble", f"[{name}] is neither managed nor has it an address", cure)
+        for name, found in there.items()
+        if not found
+    ]
 
 
 async def _try(name: str, check: Callable[[], Awaitable[str]]) -> Finding:

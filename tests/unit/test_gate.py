@@ -268,3 +268,38 @@ def test_a_planted_loss_of_two_points_does_not_pass() -> None:
     ]
     assert sum(not verdict.passed for verdict in runs) >= 0.80 * 200
     assert sum(verdict.state is NightState.REJECTED for verdict in runs) >= 0.80 * 200
+
+
+def test_luck_in_a_large_family_hides_no_loss_in_small_ones() -> None:
+    """As seen: wrong labels lost a fifth of the good answers, and 260 probes went either way."""
+    verdict = judge(
+        night(
+            trained=family("trained", 303, right=199, lost=12, won=73),
+            held_out=family("held_out", 52, right=51, lost=5),
+            good_answers=family("good_answers", 51, right=48, lost=10, won=2),
+            task_general=family("task:general", 260, right=127, lost=20, won=17),
+            task_choices=family("task:choices", 152, right=117, lost=1, won=2),
+        )
+    )
+    assert verdict.state is NightState.REJECTED
+    assert "over the pooled families" in verdict.reason
+    pool = next(line for line in verdict.families if line.name == POOL)
+    assert pool.n == 52 + 51 + 152, "the probes can be bounded alone"
+
+
+def test_no_pool_excuses_a_loss_that_is_seen() -> None:
+    """Four of 40 good answers lost is no proof; to call it no loss would be a lie."""
+    families = night(
+        good_answers=family("good_answers", 40, right=40, lost=4), task_choices=family("task:choices", 180, right=150)
+    )
+    verdict = judge(families)
+    assert verdict.state is NightState.INCONCLUSIVE
+    assert "good_answers" in verdict.reason
+
+
+def test_losses_of_many_nights_add_up_against_the_base() -> None:
+    """Each night lost a little against the last one; together they are far below the base."""
+    drifted = family("task:general", 260, right=150, lost=3, won=2, base=180)
+    verdict = judge(night(task_general=drifted))
+    assert verdict.state is NightState.REJECTED
+    assert "in task:general against base" in verdict.reason
