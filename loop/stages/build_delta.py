@@ -40,7 +40,7 @@ async def run(context: StageContext) -> Delta:
     good_items = [examples.good_answer_item(answer) for answer in good]
     cleaned = clean(rows, held_out + _held_out_file(context), good_items + suite_items(project.gate))
     kept, too_long = await _short_enough(replica, project.base_name, cleaned.kept, project.trainer.max_length)
-    kept, unfit = _trainable(kept)
+    kept, unfit = trainable(kept)
     kept_ids = {row["id"] for row in kept}
     new = sum(label.id in kept_ids for label in chosen.new)
     _enough(new, chosen, project.min_labels, (*cleaned.dropped, *too_long, *unfit))
@@ -109,7 +109,7 @@ async def _short_enough(
     return kept, notes
 
 
-def _trainable(rows: list[examples.Row]) -> tuple[list[examples.Row], tuple[str, ...]]:
+def trainable(rows: list[examples.Row]) -> tuple[list[examples.Row], tuple[str, ...]]:
     """One conversation that the trainer can't take (pictures, tool calls) is left out and named: it stops no night."""
     kept, unfit = [], []
     for row in rows:
