@@ -88,6 +88,14 @@ class Replica:
         if response.status_code != 200:
             raise EngineUnavailable(f"vLLM at {self.url} is not well: {_reason(response)}")
 
+    async def version(self) -> str:
+        """Empty where the engine does not say."""
+        response = await self._send("GET", "/version", timeout=CONNECT_SECONDS)
+        try:
+            return str(response.json()["version"]) if response.status_code == 200 else ""
+        except (ValueError, KeyError, TypeError):
+            return ""
+
     async def served_models(self) -> list[ServedModel]:
         response = await self._send("GET", "/v1/models")
         if response.status_code != 200:

@@ -60,10 +60,11 @@ async def _families(
     context: StageContext, replica: Replica, models: Models
 ) -> tuple[tuple[FamilyResult, ...], dict[str, float]]:
     items = exam_families(Path(context.take(Delta).data_dir), context.project.gate)
-    examiner = _examiner(context, replica, models)
+    engine = _engine_key(context.engine, models.base.digest, await replica.version())
+    examiner = _examiner(context, replica, models, engine)
     results = examiner.write(context.folder, items, await examiner.ask(items))
     context.progress({"doing": "lm-eval"})
-    results += await _tasks(context, replica, models)
+    results += await _tasks(context, replica, models, engine)
     context.progress({"doing": "timing answers"})
     return results, await examiner.seconds_an_answer(items)
 
@@ -88,21 +89,22 @@ def _models(context: StageContext, current: Adapter, candidate: Adapter) -> Mode
     )
 
 
-def _examiner(context: StageContext, replica: Replica, models: Models) -> Examiner:
+def _examiner(context: StageContext, replica: Replica, models: Models, engine: dict[str, Any]) -> Examiner:
     return Examiner(
         replica=replica,
         models=models,
         gate=context.project.gate,
         cache=EvaluationCache(context.data_dir),
-        engine=_engine_key(context.engine, models.base.digest),
+        engine=engine,
         concurrency=context.engine.max_num_seqs,
         progress=context.progress,
     )
 
 
-def _engine_key(engine: EngineSettings, base_digest: str) -> dict[str, Any]:
+def _engine_key(engine: EngineSettings, base_digest: str, version: str) -> dict[str, Any]:
     """What of the engine can change an answer."""
     return {
+        "version": version,
         "base": base_digest,
         "device": engine.device,
         "dtype": engine.dtype,
@@ -111,7 +113,9 @@ def _engine_key(engine: EngineSettings, base_digest: str) -> dict[str, Any]:
     }
 
 
-async def _tasks(context: StageContext, replica: Replica, models: Models) -> tuple[FamilyResult, ...]:
+async def _tasks(
+    context: StageContext, replica: Replica, models: Models, engine: dict[str, Any]
+) -> tuple[FamilyResult, ...]:
     tasks = tasks_of(context.project.gate)
     if not tasks:
         return ()
@@ -125,7 +129,7 @@ async def _tasks(context: StageContext, replica: Replica, models: Models) -> tup
         api_key=key.get_secret_value() if key else "",
         base_dir=context.project.base_dir,
         base_digest=models.base.digest,
-        engine=_engine_key(context.engine, models.base.digest),
+        engine=engine,
         max_length=context.engine.max_model_len,
         folder=folder,
     )
