@@ -9,6 +9,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -28,6 +29,9 @@ from loop.settings import EngineSettings
 from service import servers
 from service.servers import LabelStudioLogin, Server
 from tests import postgres
+
+# Started in the background of a script, we ignore SIGINT, and so would every child whose end by Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
