@@ -156,7 +156,7 @@ async def test_the_result_is_written_last(learned: Trained) -> None:
     assert isinstance(result, TrainResult)
     assert not any(finished_during_training)
     assert (result.steps, result.examples, result.device.split(",")[0]) == (20, 6, "cpu")
-    assert result.final_loss == pytest.approx(sum(line["loss"] for line in lines) / len(lines), rel=0.01)
+    assert result.final_loss == pytest.approx(sum(line["loss"] for line in lines[-10:]) / 10, rel=0.01)
     assert result.packages["trl"]
     assert result.peak_memory_bytes > 1e8
     assert not (spec.out_dir / "checkpoints").exists()
