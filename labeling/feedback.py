@@ -22,6 +22,7 @@ from labeling.exchanges import link_waiting
 from labeling.selection import score
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
+from labeling.wording import text_parts
 
 BATCH = 200
 
@@ -49,8 +50,8 @@ def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def _normal(content: Any) -> str:
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = " ".join(str(part.get("text", "")) for part in content)
+    if (parts := text_parts(content)) is not None:
+        content = " ".join(parts)
     plain = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
     return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
 

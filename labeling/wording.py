@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-"})
 _EDGES = " \t\n.,;:!?\"'"
+
+
+def text_parts(content: Any) -> list[str] | None:
+    """The texts of OpenAI's list of parts; None unless it is a list, and of nothing but text."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return [str(part.get("text", "")) for part in content]
+    return None
 
 
 def same_wording(one: str, other: str) -> bool:

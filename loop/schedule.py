@@ -56,14 +56,17 @@ async def claim_due(database: Database, project: ProjectSettings, at: datetime |
 
 
 async def catch_up(database: Database, project: ProjectSettings) -> str | None:
-    """The latest missed night only, and none that was due before this project was set up."""
+    """The latest missed night only, and none that was due before this project was set up. Mostly just a look."""
     if not project.schedule.enabled:
         return None
+    due = latest_due(project.schedule, now())
     async with database.read() as session:
+        claimed = select(Night.id).where(Night.project == project.name, Night.date == due.date())
+        if (await session.execute(claimed)).first() is not None:
+            return None
         base = (
             await session.execute(select(Adapter).where(Adapter.project == project.name, Adapter.version == 1))
         ).scalar_one_or_none()
-    due = latest_due(project.schedule, now())
     if base is None or base.created_at > due:
         return None
     return await claim(database, project, due.date(), due)

@@ -12,6 +12,7 @@ from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
 from labeling.tables import GoodAnswer, Label, ReviewItem
+from labeling.wording import text_parts
 from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving
 
@@ -90,16 +91,6 @@ async def good_answers(session: AsyncSession, project: str, limit: int) -> list[
     return list(rows.scalars())
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """Role and text, parts of text joined; what is no text stays, for the trainer's check to name."""
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    rest = {key: value for key, value in message.items() if key not in {"role", "content", "name"}}
-    return {"role": role, "content": content, **{key: value for key, value in rest.items() if value}}
-
-
 def label_row(label: Label) -> Row:
     """A conversational row whose last message, the correction, alone carries the loss."""
     assert label.correction is not None
@@ -108,6 +99,16 @@ def label_row(label: Label) -> Row:
         "messages": [*map(_plain, label.messages), {"role": "assistant", "content": label.correction}],
         "kind": "label",
     }
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Role and text, parts of text joined; what is no text stays, for the trainer's check to name."""
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    content = message.get("content")
+    if (parts := text_parts(content)) is not None:
+        content = "".join(parts)
+    rest = {key: value for key, value in message.items() if key not in {"role", "content", "name"}}
+    return {"role": role, "content": content, **{key: value for key, value in rest.items() if value}}
 
 
 def base_rows(answers: Iterable[tuple[str, str]]) -> list[Row]:

@@ -39,11 +39,10 @@ class Worker:
     _prepared: set[str] = field(default_factory=set)
 
     async def start(self) -> None:
-        """Prepares the projects, catches up on the latest missed night and starts the jobs."""
-        clients, configured = self.runner.clients, self.runner.projects
+        """Prepares the projects and starts the jobs; the first look for nights catches up on the latest missed one."""
+        configured = self.runner.projects
         for project in configured.values():
             await self._prepare(project)
-            await schedule.catch_up(clients.database, project)
         every = {
             "registry": (self.mlflow.poll_seconds, self.poll_registry),
             "reconcile": (RECONCILE_SECONDS, self.reconcile),

@@ -39,8 +39,8 @@ async def run(context: StageContext) -> Delta:
     held_out = [examples.label_item(label) for label in chosen.held_out]
     good_items = [examples.good_answer_item(answer) for answer in good]
     cleaned = clean(rows, held_out + _held_out_file(context), good_items + suite_items(project.gate))
-    kept, too_long = await _short_enough(replica, project.base_name, cleaned.kept, project.trainer.max_length)
-    kept, unfit = trainable(kept)
+    fit, unfit = trainable(cleaned.kept)
+    kept, too_long = await _short_enough(replica, project.base_name, fit, project.trainer.max_length)
     kept_ids = {row["id"] for row in kept}
     new = sum(label.id in kept_ids for label in chosen.new)
     _enough(new, chosen, project.min_labels, (*cleaned.dropped, *too_long, *unfit))

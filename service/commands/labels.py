@@ -21,8 +21,8 @@ def held(path: Path, *, project: str | None, as_json: bool) -> None:
             return
         table = Table("id", "prompt", "correction", "by")
         for row in rows:
-            cells = (row["id"], content_text(row["prompt"][-1].get("content")), row["correction"], *row["annotators"])
-            table.add_row(*(escape(str(cell)) for cell in (*cells[:3], ", ".join(cells[3:]))))
+            prompt = content_text(row["prompt"][-1].get("content"))
+            table.add_row(*map(escape, (row["id"], prompt, row["correction"] or "", ", ".join(row["annotators"]))))
         Console().print(table if rows else "No label is held back.")
 
     with_api(path, body)

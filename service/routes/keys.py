@@ -34,8 +34,8 @@ def key_routes(database: Database, keys: KeyRing, projects: tuple[str, ...]) -> 
     @post("/v1/keys", tags=["keys"], summary="Make a key; it is shown this once")
     async def create(request: Request[Any, Any, Any]) -> dict[str, Any]:
         caller = keys.authenticate(request.headers.get("authorization"))
+        caller.require(Scope.ADMIN)
         body = await read_body(request, KeyBody)
-        caller.require(Scope.ADMIN, body.project)
         _within(caller, body.project)
         if body.project is not None and body.project not in projects:
             raise UnknownKeyProject(f"no project {body.project!r}", hint=f"Configured: {', '.join(projects)}.")

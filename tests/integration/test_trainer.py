@@ -106,7 +106,7 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def learned(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The real 135M model, NF4, a few steps; half the rows hold the base, so that it takes a few more."""
+    """The real 135M model, NF4, a few steps; four rows in ten hold the base, so that it takes a few more."""
     folder = tmp_path_factory.mktemp("learned")
     schedule = {"learning_rate": 2e-3, "max_steps": 20, "batch_size": 6, "epochs": 100, "save_steps": 5}
     spec = _prepare(folder, smollm2_dir, schedule=schedule)
