@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import text
+import structlog
+from sqlalchemy import text, update
+from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
@@ -25,22 +27,56 @@ from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMe
 from labeling.wording import text_parts
 
 BATCH = 200
+# What a row's own content can raise, on reading it back or on folding it.
+UNFIT = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, DataError)
+log = structlog.get_logger(__name__)
 
 
 async def fold(database: Database, project: str, settings: LabelingSettings) -> int:
-    """How many feedback were folded. What has neither exchange nor messages yet stays for a later call."""
+    """How many feedback were folded. What has neither exchange nor messages yet stays for a later call.
+
+    One that can't be folded is left out by name and stops no other.
+    """
     folded = 0
     while True:
         async with database.write() as session:
             await _one_at_a_time(session, database, project)
             if not folded:
                 await link_waiting(session, project)
-            batch = await _unfolded(session, project)
-            for feedback, exchange in batch:
-                await _fold_one(session, feedback, exchange, settings)
-        if not batch:
+            waiting = await _unfolded(session, project)
+        if not waiting:
             return folded
-        folded += len(batch)
+        try:
+            folded += await _fold_these(database, project, waiting, settings)
+        except UNFIT:
+            for feedback_id in waiting:
+                folded += await _fold_or_leave_out(database, project, feedback_id, settings)
+
+
+async def _fold_or_leave_out(database: Database, project: str, feedback_id: str, settings: LabelingSettings) -> int:
+    try:
+        return await _fold_these(database, project, [feedback_id], settings)
+    except UNFIT as error:
+        log.exception("feedback_left_out", project=project, feedback=feedback_id, reason=type(error).__name__)
+        async with database.write() as session:
+            await session.execute(update(Feedback).where(col(Feedback.id) == feedback_id).values(folded_at=now()))
+        return 0
+
+
+async def _fold_these(database: Database, project: str, feedback_ids: Sequence[str], settings: LabelingSettings) -> int:
+    """How many: another process may have folded some of them meanwhile."""
+    async with database.write() as session:
+        await _one_at_a_time(session, database, project)
+        rows = (
+            select(Feedback, Exchange)
+            .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+            .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
+            .order_by(col(Feedback.created_at), col(Feedback.id))
+        )
+        found = (await session.execute(rows)).all()
+        for feedback, exchange in found:
+            await _fold_one(session, feedback, exchange, settings)
+        return len(found)
 
 
 def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
@@ -92,16 +128,16 @@ async def _one_at_a_time(session: AsyncSession, database: Database, project: str
         await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"fold:{project}"})
 
 
-async def _unfolded(session: AsyncSession, project: str) -> list[tuple[Feedback, Exchange | None]]:
+async def _unfolded(session: AsyncSession, project: str) -> list[str]:
+    """Ids, the oldest first."""
     known = col(Feedback.exchange_id).is_not(None) | col(Feedback.answer).is_not(None)
     waiting = (
-        select(Feedback, Exchange)
-        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+        select(Feedback.id)
         .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), known)
         .order_by(col(Feedback.created_at), col(Feedback.id))
         .limit(BATCH)
     )
-    return [(feedback, exchange) for feedback, exchange in (await session.execute(waiting)).all()]
+    return list((await session.execute(waiting)).scalars())
 
 
 async def _fold_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +14,7 @@ from labeling.tables import FeedbackKind
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Tag = Annotated[str, Field(max_length=4096)]
 Reason = Annotated[str, Field(min_length=1, max_length=256)]
+MISTAKES_NAMED = 100
 
 
 class InvalidFeedback(InvalidInput):
@@ -64,11 +66,12 @@ def parse(raw: Any) -> FeedbackBody:
     except ValidationError as error:
         mistakes = [{"field": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
     wrong = {mistake["field"].split(".")[0] for mistake in mistakes}
-    mistakes += [
+    more = (
         {"field": field, "message": message}
-        for field, message in (*_reference(raw), *_value(raw), *_messages(raw), *_nul(raw))
-        if field not in wrong
-    ]
+        for field, message in chain(_reference(raw), _value(raw), _messages(raw), _nul(raw))
+        if field.split(".")[0] not in wrong
+    )
+    mistakes = [*mistakes, *islice(more, MISTAKES_NAMED)][:MISTAKES_NAMED]
     if mistakes or body is None:
         raise InvalidFeedback(mistakes)
     return body

@@ -16,11 +16,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import structlog
 from label_studio_sdk.base_client import AsyncLabelStudioBase
 from label_studio_sdk.core.api_error import ApiError
 from label_studio_sdk.core.parse_error import ParsingError
 
 from labeling.label_studio_http import (
+    LabelStudioBroke,
     LabelStudioNotFound,
     LabelStudioRefused,
     LabelStudioUnavailable,
@@ -29,6 +31,7 @@ from labeling.label_studio_http import (
     json_of,
 )
 
+log = structlog.get_logger(__name__)
 ITEM_KEY = "nightschool_item"
 MARKER = "nightschool project: "
 # With it the free edition offers the task of the lowest prediction score first; other orders are a paid feature.
@@ -212,20 +215,43 @@ class LabelStudioServer:
                 await self._sdk.predictions.update(id=prediction.id, score=score)
 
     async def _tasks(self, project_id: int, conditions: list[dict[str, Any]], include: str) -> AsyncIterator[SeenTask]:
-        """Pages by id, not by number: tasks deleted meanwhile can't shift others past us."""
-        last = 0
+        """Pages by id, not by number: tasks deleted meanwhile can't shift others past us.
+
+        A single task can make the server answer 500 to every list that it is in (an annotation that holds half a
+        surrogate pair does): the pages shrink around it, and it is passed over by name.
+        """
+        last, size = 0, TASKS_PER_PAGE
         while True:
-            after = [*conditions, _condition("id", "greater", "Number", last)]
-            query = {"filters": {"conjunction": "and", "items": after}, "ordering": ["tasks:id"]}
-            params = {"project": project_id, "fields": "all", "include": include, "page_size": TASKS_PER_PAGE}
-            page = await self._get(
-                "/api/tasks", {**params, "query": json.dumps(query)}, f"listing tasks of project {project_id}"
-            )
-            for row in page["tasks"]:
+            try:
+                rows = await self._page(project_id, conditions, include, last, size)
+            except LabelStudioBroke as error:
+                if size > 1:
+                    size = max(1, size // 6)
+                    continue
+                rows = await self._page(project_id, conditions, "id", last, 1)
+                if not rows:
+                    return
+                last, size = rows[0]["id"], TASKS_PER_PAGE
+                log.warning(
+                    "task_unreadable", project=project_id, task=last, reason=str(error), cure="Delete that task."
+                )
+                continue
+            for row in rows:
                 yield await self._seen_task(row)
-            if len(page["tasks"]) < TASKS_PER_PAGE:
+            if len(rows) < size:
                 return
-            last = page["tasks"][-1]["id"]
+            last = rows[-1]["id"]
+
+    async def _page(
+        self, project_id: int, conditions: list[dict[str, Any]], include: str, after: int, size: int
+    ) -> list[dict[str, Any]]:
+        items = [*conditions, _condition("id", "greater", "Number", after)]
+        query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
+        params = {"project": project_id, "fields": "all", "include": include, "page_size": size}
+        page = await self._get(
+            "/api/tasks", {**params, "query": json.dumps(query)}, f"listing tasks of project {project_id}"
+        )
+        return list(page["tasks"])
 
     async def _seen_task(self, row: dict[str, Any]) -> SeenTask:
         meta = row.get("meta") or {}

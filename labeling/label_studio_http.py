@@ -15,6 +15,12 @@ class LabelStudioUnavailable(Unavailable):
     default_hint = "Check that Label Studio runs and that label_studio.url is right; it is tried again by itself."
 
 
+class LabelStudioBroke(LabelStudioUnavailable):
+    """Status 500: it may be about this request alone."""
+
+    code = "label_studio_broke"
+
+
 class LabelStudioRefused(InvalidInput):
     code = "label_studio_refused"
     default_hint = "label_studio.url must be the root of a Label Studio server (1.20 or later), not of something else."
@@ -42,6 +48,8 @@ _BUSY = (408, 425, 429)
 
 def error_of(doing: str, status: int, body: Any) -> NightschoolError:
     message = f"{doing}: Label Studio answered {status} {_reason(body)}".rstrip()
+    if status == 500:
+        return LabelStudioBroke(message)
     if status >= 500 or status in _BUSY:
         return LabelStudioUnavailable(message)
     if not isinstance(body, dict | list):  # a page for people: another server, or a path that this version lacks

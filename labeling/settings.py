@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+
+def _address(url: str) -> str:
+    """An http(s) address, or nothing."""
+    parts = urlsplit(url)
+    if url and (parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0):
+        raise ValueError(f"{url!r} is no address such as http://127.0.0.1:5000")
+    return url
+
+
+ServerUrl = Annotated[str, AfterValidator(_address)]
 
 
 class Strict(BaseModel):
@@ -13,7 +27,7 @@ class Strict(BaseModel):
 
 class LabelStudioSettings(Strict):
     managed: bool = Field(False, description="Started by `nightschool up` as a child")
-    url: str = Field("", description="Where an existing server answers; empty when managed")
+    url: ServerUrl = Field("", description="Where an existing server answers; empty when managed")
     token: SecretStr | None = Field(None, description="Legacy or personal access token; made by us when managed")
     username: str = Field("admin@nightschool.local", description="The managed server's first user")
     password: SecretStr | None = Field(None, description="Its password; made by us when missing")

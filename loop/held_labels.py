@@ -31,6 +31,8 @@ async def hold(session: AsyncSession, night_id: str) -> None:
 async def confirm(database: Database, project: str, label_ids: Iterable[str]) -> int:
     """All of them or none; gives how many."""
     wanted = set(label_ids)
+    if not wanted:
+        return 0
     async with database.write() as session:
         ours = select(Label.id).where(col(Label.project) == project, col(Label.id).in_(wanted))
         held = col(LabelUse.held).is_(True)

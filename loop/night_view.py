@@ -12,7 +12,7 @@ from sqlmodel import col, select
 
 from labeling.database import Database
 from labeling.errors import NotFound
-from labeling.tables import Label, LabellingProject, ReviewItem
+from labeling.tables import Label, LabellingProject, LabelState, ReviewItem
 from loop.tables import Evidence, LabelUse, Night, NightEvent, NightState, Promotion, Serving, StageMarker
 
 
@@ -114,6 +114,29 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
                 "annotators": label.annotators,
             }
             for label, night_id in rows
+        ]
+
+
+async def refused_labels(database: Database, project: str) -> list[dict[str, Any]]:
+    """Newest first, with the reason and the Label Studio task in which the annotation can be edited."""
+    async with database.read() as session:
+        rows = await session.execute(
+            select(Label, col(ReviewItem.task_id))
+            .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
+            .where(col(Label.project) == project, col(Label.state) == LabelState.REFUSED)
+            .order_by(col(Label.updated_at).desc())
+        )
+        return [
+            {
+                "id": label.id,
+                "task": task,
+                "prompt": label.messages,
+                "flagged_answer": label.flagged_answer,
+                "correction": label.correction,
+                "reason": label.reason,
+                "annotators": label.annotators,
+            }
+            for label, task in rows
         ]
 
 

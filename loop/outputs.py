@@ -13,6 +13,7 @@ class SyncedLabels(StageOutput):
     disputed: int
     refused: int
     not_in_current: int  # accepted, trainable, and not yet in the adapter that serves
+    notes: tuple[str, ...] = ()  # why labels may be missing
 
 
 class Delta(StageOutput):

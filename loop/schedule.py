@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import date as Date
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,12 +13,13 @@ import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
-from sqlmodel import select
+from sqlalchemy import delete
+from sqlmodel import col, select
 
 from labeling.database import Database, insert_or_nothing, now
 from loop import states
 from loop.settings import ProjectSettings, ScheduleSettings
-from loop.tables import Adapter, Night, NightEvent, NightState
+from loop.tables import Adapter, Night, NightEvent, NightState, StageMarker
 
 log = structlog.get_logger()
 
@@ -84,15 +87,27 @@ def build_scheduler(
         if project.schedule.enabled:
             at = project.schedule.at
             trigger = CronTrigger(hour=at.hour, minute=at.minute, second=at.second, timezone=project.schedule.zone)
-            scheduler.add_job(on_due, trigger, args=[project], id=f"night:{project.name}")
+            scheduler.add_job(_quiet(on_due), trigger, args=[project], id=f"night:{project.name}")
     for name, (seconds, job) in every.items():
-        scheduler.add_job(job, IntervalTrigger(seconds=seconds), id=name, next_run_time=now())
+        scheduler.add_job(_quiet(job), IntervalTrigger(seconds=seconds), id=name, next_run_time=now())
     return scheduler
 
 
+def _quiet(job: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """A job cut off by our own shutdown is no error, which APScheduler would log with its traceback."""
+
+    async def run(*args: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            await job(*args)
+
+    return run
+
+
 async def reopen(database: Database, night_id: str) -> None:
-    """A FAILED night goes on where it stood, as soon as a worker sees it."""
+    """A FAILED night goes on where it stood, a SKIPPED one looks for labels anew, as soon as a worker sees it."""
     async with database.write() as session:
         night = await session.get(Night, night_id)
-        if night is not None and night.state == NightState.FAILED:
+        if night is not None and night.state in (NightState.FAILED, NightState.SKIPPED):
+            if night.state == NightState.SKIPPED:
+                await session.execute(delete(StageMarker).where(col(StageMarker.night_id) == night_id))
             await states.move(session, night_id, NightState.RUNNING, reason=None, hint=None, finished_at=None)

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, available_timezones
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from labeling.errors import InvalidInput
-from labeling.settings import LabelingSettings, Strict
+from labeling.settings import LabelingSettings, ServerUrl, Strict
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -23,7 +23,7 @@ class BadRecipe(InvalidInput):
 
 
 class ReplicaSettings(Strict):
-    url: str = Field(description="Root of one vLLM, without /v1")
+    url: ServerUrl = Field(min_length=1, description="Root of one vLLM, without /v1")
     adapter_dir: str = Field("", description="Our adapters folder as that vLLM sees it; empty = the same path as here")
 
 
@@ -58,7 +58,7 @@ class EngineSettings(Strict):
 
 class MlflowSettings(Strict):
     managed: bool = False
-    url: str = ""
+    url: ServerUrl = ""
     username: str = ""
     password: SecretStr | None = None
     timeout_seconds: float = Field(30.0, gt=0, le=600)
@@ -119,6 +119,7 @@ class TrainerSettings(Strict):
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     learning_rate: float = Field(2e-3, gt=0, le=1)
     epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
+    min_steps: int = Field(80, ge=1, le=10_000, description="Few labels are passed over more often, up to this")
     replay_share: float = Field(0.4, ge=0, le=0.9, description="Of the rows of every batch; 0 = no replay")
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1, le=4096)
@@ -156,9 +157,11 @@ class ReplaySettings(Strict):
     prompts_file: Path | None = Field(
         None, description="JSONL of {prompt}; empty = ours. The base's own answers become rows"
     )
-    base_rows: int = Field(400, ge=0, le=1_000_000, description="How many of the base's own answers")
+    base_rows: int = Field(
+        800, ge=0, le=1_000_000, description="How many of the base's own answers; many short ones hold better than few"
+    )
     base_answer_tokens: int = Field(
-        40, ge=1, le=4096, description="As far as apps read an answer: what lies behind is not held"
+        24, ge=1, le=4096, description="How far into each answer the base is held: longer hides short corrections"
     )
 
 
@@ -193,7 +196,10 @@ class GateSettings(Strict):
     good_answers: int = Field(300, ge=0, le=100_000, description="How many of the newest good answers must stay good")
     tasks: tuple[TaskSettings, ...] = ()
     latency_ratio_at_most: float = Field(
-        3.0, gt=1, le=100, description="Candidate's median seconds an answer against current's"
+        4.0,
+        gt=1,
+        le=100,
+        description="Candidate's median seconds an answer against current's; vLLM's CPU backend alone makes 2.2 to 2.6",
     )
 
     @classmethod

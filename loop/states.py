@@ -18,6 +18,7 @@ MOVES: dict[S, frozenset[S]] = {
     S.CLAIMED: frozenset({S.RUNNING, S.FAILED}),
     S.RUNNING: frozenset({S.SKIPPED, S.FAILED, S.REJECTED, S.INCONCLUSIVE, S.AWAITING_APPROVAL}),
     S.FAILED: frozenset({S.RUNNING}),
+    S.SKIPPED: frozenset({S.RUNNING}),
     S.AWAITING_APPROVAL: frozenset({S.PROMOTING, S.REFUSED, S.EXPIRED}),
     S.PROMOTING: frozenset({S.PROMOTED, S.FAILED, S.ROLLED_BACK}),
     S.PROMOTED: frozenset({S.ROLLED_BACK}),

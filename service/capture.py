@@ -25,9 +25,11 @@ WAITING_BYTES = 64 * 1024 * 1024  # long prompts must not fill the memory before
 RETRY_SECONDS = 1.0
 MESSAGE_FIELDS = frozenset({"messages", "prompt", "model", "stream", "stream_options"})
 
+DEEPEST = 64  # levels of lists and objects in a request
+
 
 class NotRecordable(Exception):
-    """An exchange without one readable prompt: several prompts at once, or token ids."""
+    """An exchange without one readable prompt: several prompts at once, token ids, or JSON nested too deeply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ class CaptureQueue:
 
 def exchange_of(captured: Captured) -> Exchange:
     request = msgspec.json.decode(captured.request)
+    if _deeper(request, DEEPEST):
+        raise NotRecordable
     answer = _streamed(captured.response) if captured.streamed else _whole(msgspec.json.decode(captured.response))
     return Exchange(
         project=captured.project,
@@ -138,7 +142,7 @@ def exchange_of(captured: Captured) -> Exchange:
         request_id=captured.request_id,
         session_id=captured.session_id,
         served=captured.served,
-        messages=_messages(request),
+        messages=_messages(request, chat=not captured.completion_id.startswith("cmpl-")),
         parameters={key: value for key, value in request.items() if key not in MESSAGE_FIELDS},
         answers=[choice.text() for choice in answer],
         finish_reason="aborted" if captured.aborted else next((c.finish for c in answer if c.finish), None),
@@ -149,9 +153,18 @@ def exchange_of(captured: Captured) -> Exchange:
     )
 
 
-def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+def _deeper(value: Any, levels: int) -> bool:
+    """JSON nested deeper than that: what is written to the database must be readable again."""
+    if not isinstance(value, dict | list):
+        return False
+    if levels == 0:
+        return True
+    return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
+
+
+def _messages(request: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:
     messages = request.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+    if chat and isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
         return messages
     prompt = request.get("prompt")  # vLLM passes over fields that it does not know, `messages` here included
     if isinstance(prompt, list) and len(prompt) == 1:

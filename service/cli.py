@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 night = typer.Typer(help="Run a night, or see how one went.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: made once, shown once, revoked.", no_args_is_help=True)
-labels = typer.Typer(help="Labels held back after a rejected night.", no_args_is_help=True)
+labels = typer.Typer(help="Labels that were refused, or held back after a rejected night.", no_args_is_help=True)
 app.add_typer(night, name="night")
 app.add_typer(keys, name="keys")
 app.add_typer(labels, name="labels")
@@ -88,7 +88,7 @@ def night_run(
     settings: SettingsPath = DEFAULT,
     project: Project = None,
     date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; default: the latest due date.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest FAILED night.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest FAILED or SKIPPED night.")] = False,
 ) -> None:
     """Claim a night as the scheduler does and run it to its decision."""
     _call("commands.night:run", settings, project=project, date=date, resume=resume)
@@ -136,6 +136,12 @@ def rollback(
 ) -> None:
     """Serve the previous adapter again, within seconds."""
     _call("commands.night:rollback", settings, project=project, to=to, why=why)
+
+
+@labels.command("refused")
+def labels_refused(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """List labels that can't be trained on, and why: the labeller edits the annotation, and it counts."""
+    _call("commands.labels:refused", settings, project=project, as_json=as_json)
 
 
 @labels.command("held")

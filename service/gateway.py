@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import structlog
+from litestar.enums import ScopeType
 from litestar.types import Receive, Scope, Send
 
 from labeling.errors import NightschoolError
@@ -156,9 +157,12 @@ class Gateway:
         send: Send,
     ) -> None:
         """The request's boundary: every error becomes an answer in OpenAI's form, as far as none was begun."""
+        if scope["type"] == ScopeType.WEBSOCKET:  # a web socket, closed before it was accepted: its client sees 403
+            await send({"type": "websocket.close", "code": 1008, "reason": f"use {method}"})
+            return
         reply = Reply(send)
         try:
-            if scope.get("method") == method:  # a web socket has none
+            if scope["method"] == method:
                 await handle(reply, scope, receive)
             else:
                 await reply.whole(405, error_body(405, f"use {method}"), [*JSON, (b"allow", method.encode())])

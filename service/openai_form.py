@@ -30,7 +30,7 @@ def error_body(status: int, message: str, param: str | None = None) -> bytes:
 
 def error_of(error: NightschoolError) -> tuple[int, bytes]:
     status = status_of(type(error))
-    message = f"{error} {error.hint}".strip()
+    message = f"{str(error).rstrip('.')}. {error.hint}".strip()
     return status, error_body(status, message, "model" if isinstance(error, UnknownModel) else None)
 
 

@@ -12,7 +12,7 @@ from loop.adapter_files import base_digest
 from loop.base_answers import base_answers
 from loop.contamination import clean, suite_items
 from loop.digests import digest_folder, write_jsonl
-from loop.outputs import Delta
+from loop.outputs import Delta, SyncedLabels
 from loop.scoring import ExamItem, held_out_items
 from loop.stage import NightEnds, StageContext
 from loop.tables import LabelUse, NightState
@@ -25,7 +25,8 @@ async def run(context: StageContext) -> Delta:
     async with clients.database.read() as session:
         chosen = await examples.choose_labels(session, project.name, project.replay.max_rows)
         good = await examples.good_answers(session, project.name, project.gate.good_answers)
-    _enough(len(chosen.new), chosen, project.min_labels)
+    synced = context.take(SyncedLabels).notes
+    _enough(len(chosen.new), chosen, project.min_labels, synced)
     replica = clients.replicas[0]
     answers = await base_answers(
         replica,
@@ -43,7 +44,7 @@ async def run(context: StageContext) -> Delta:
     kept, too_long = await _short_enough(replica, project.base_name, fit, project.trainer.max_length)
     kept_ids = {row["id"] for row in kept}
     new = sum(label.id in kept_ids for label in chosen.new)
-    _enough(new, chosen, project.min_labels, (*cleaned.dropped, *too_long, *unfit))
+    _enough(new, chosen, project.min_labels, (*synced, *cleaned.dropped, *too_long, *unfit))
     trained = [label for label in chosen.trained if label.id in kept_ids]
     _write(context, kept, [examples.label_item(label) for label in trained], held_out, good_items)
     await _record_use(context, chosen, kept_ids)
@@ -55,7 +56,7 @@ async def run(context: StageContext) -> Delta:
         replay_rows=len(trained) - new,
         base_rows=sum(row["kind"] == "replay" for row in kept),
         held_out_items=len(held_out),
-        notes=(*cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
+        notes=(*synced, *cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
     )
 
 

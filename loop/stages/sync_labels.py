@@ -18,11 +18,13 @@ from loop.training_examples import choose_labels
 async def run(context: StageContext) -> SyncedLabels:
     clients, project = context.clients, context.project
     await fold(clients.database, project.name, project.labeling)
+    notes: tuple[str, ...] = ()
     try:
         await push(clients.database, clients.label_studio, project.name, project.labeling)
         await pull(clients.database, clients.label_studio, project.name, project.labeling, sweep=True)
     except LabelStudioUnavailable as error:
         context.log.warning("label_studio_down", reason=str(error), consequence="labels as they came back before")
+        notes = (f"Label Studio could not be read ({error}): only labels that had come back before count",)
     async with clients.database.read() as session:
         counts = dict(
             (
@@ -39,4 +41,5 @@ async def run(context: StageContext) -> SyncedLabels:
         disputed=counts.get(LabelState.DISPUTED, 0),
         refused=counts.get(LabelState.REFUSED, 0),
         not_in_current=len(chosen.new),
+        notes=notes,
     )

@@ -74,16 +74,18 @@ def plan_batches(
 ) -> list[list[int]]:
     """Row numbers for every step of the run, settled beforehand: a resumed run continues the same plan.
 
-    `epochs` counts passes over the labels. Replay rows fill `replay_share` of every batch, each coming as often as any
-    other: a hundred labels need the base held on hundreds of different prompts, not on a few again and again.
+    `epochs` counts passes over the labels; there are more where these would make fewer than `min_steps` steps. Replay
+    rows fill `replay_share` of every batch, each coming as often as any other: a hundred labels need the base held on
+    hundreds of different prompts, not on a few again and again.
     """
     replay = replay or [False] * len(lengths)
     chance = random.Random(str(seed))  # noqa: S311 - order, no secret
     labels, held = ([row for row, is_replay in enumerate(replay) if is_replay is kind] for kind in (False, True))
     if not labels:
         labels, held = held, labels
-    trained = _passes(labels, round(schedule.epochs * len(labels)), chance)
-    share = schedule.replay_share
+    share = schedule.replay_share if held else 0.0
+    least = int((schedule.min_steps - 1) * schedule.batch_size * (1 - share)) + 1
+    trained = _passes(labels, max(round(schedule.epochs * len(labels)), least), chance)
     order = _evenly(trained, _passes(held, round(len(trained) * share / (1 - share)), chance))
     bucket = schedule.batch_size * BATCHES_PER_BUCKET
     plan: list[list[int]] = []

@@ -39,6 +39,7 @@ class LoraSpec(Strict):
 class ScheduleSpec(Strict):
     learning_rate: float = Field(2e-3, gt=0, le=1)
     epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
+    min_steps: int = Field(1, ge=1, le=10_000, description="Few labels are passed over more often, up to this")
     replay_share: float = Field(0.4, ge=0, le=0.9, description="Of the rows of every batch")
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     batch_size: int = Field(8, ge=1, le=4096)

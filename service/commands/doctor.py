@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.markup import escape
 
@@ -29,6 +30,7 @@ from service.servers import label_studio_command
 from service.settings import Settings, load
 
 ROOM_BYTES = 2_000_000_000
+READY_SECONDS = 10
 # A checkpoint race with two connections loses committed pages in these (sqlite.org, WAL-reset bug).
 SQLITE_BROKEN = ((3, 7, 0), (3, 51, 2))
 MLFLOW_DEFAULT_LOGIN = ("admin", "password1234")  # shipped until 3.16.1: CVE-2026-2635
@@ -61,9 +63,7 @@ def run(path: Path, *, as_json: bool) -> None:
 async def examine(settings: Settings) -> list[Finding]:
     found = [_python(), _sqlite(settings), _data_dir(settings), *_bases(settings)]
     found.append(await _try("database", lambda: _database(settings)))
-    found += [
-        _managed(settings, name) for name in ("vllm", "label_studio", "mlflow") if getattr(settings, name).managed
-    ]
+    found += await _managed(settings)
     found += _missing(settings)
     for replica in settings.vllm.replicas:
         found.append(await _try(f"vllm {replica.url}", _served(settings, replica.url)))
@@ -138,8 +138,26 @@ def _bases(settings: Settings) -> list[Finding]:
         return [Finding("base", "trouble", str(error), error.hint)]
 
 
-def _managed(settings: Settings, name: str) -> Finding:
-    """Installed at all? A running installation is asked through /ready instead."""
+async def _managed(settings: Settings) -> list[Finding]:
+    """Of a running installation, what its /ready says; otherwise whether there is something to start."""
+    names = [name for name in ("vllm", "label_studio", "mlflow") if getattr(settings, name).managed]
+    holder = DataDirLock.holder(settings.data_dir)
+    if not names or holder is None or not holder.url.startswith("http"):
+        return [_installed(settings, name) for name in names]
+    try:
+        async with httpx.AsyncClient(timeout=READY_SECONDS, trust_env=False) as client:
+            checks = (await client.get(f"{holder.url}/ready")).json()["checks"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        cure = "It may still be starting: vLLM alone takes half a minute. Its log says what it waits for."
+        return [Finding("up", "trouble", f"process {holder.pid} does not answer at {holder.url}: {error}", cure)]
+    return [
+        Finding(check["name"], "ok" if check["ok"] else "trouble", check["detail"], check["hint"])
+        for check in checks
+        if check["name"].split()[0] in names
+    ]
+
+
+def _installed(settings: Settings, name: str) -> Finding:
     try:
         if name == "label_studio":
             label_studio_command(settings.label_studio)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from service.commands.local_api import Api, with_api
+from service.commands.local_api import Api, in_path, with_api
 
 
 def create(path: Path, name: str, *, scopes: str, project: str | None, as_json: bool) -> None:
@@ -27,7 +27,7 @@ def show(path: Path, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps(rows, indent=1))
             return
-        table = Table("id", "name", "scopes", "project", "created", "revoked")
+        table = Table(Column("id", no_wrap=True), "name", "scopes", "project", "created", "revoked")
         for row in rows:
             scopes = ", ".join(row["scopes"])
             cells = (
@@ -46,7 +46,7 @@ def show(path: Path, *, as_json: bool) -> None:
 
 def revoke(path: Path, key_id: str) -> None:
     async def body(api: Api) -> None:
-        await api.call("DELETE", f"/v1/keys/{key_id}")
+        await api.call("DELETE", f"/v1/keys/{in_path(key_id)}")
         print(f"{key_id} is revoked.")
 
     with_api(path, body)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from urllib.parse import quote
 
 import httpx
 
 from labeling.errors import InvalidInput, NightschoolError, Unavailable
 from service import installation
-from service.data_dir import DataDirLock
+from service.data_dir import DataDirInUse, DataDirLock, Holder
 from service.settings import Settings, load
 from service.stack import Stack
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 120
+COMMAND_SECONDS = 15.0  # how long another command is waited for
 
 
 class Answered(NightschoolError):
@@ -36,6 +39,11 @@ class WhichProject(InvalidInput):
     code = "which_project"
 
 
+class NoId(InvalidInput):
+    code = "no_id"
+    default_hint = "Give one that `night show`, `keys list` or `labels held` shows."
+
+
 @dataclass(frozen=True)
 class Api:
     """`served`: by a process that runs, so that a worker takes up what is asked for."""
@@ -49,7 +57,8 @@ class Api:
             answer = await self.client.request(method, path, json=body, params=params)
         except httpx.TransportError as error:
             raise NoProcess(
-                f"{self.client.base_url} does not answer: {error}", hint="Is `nightschool up` still running?"
+                f"{self.client.base_url} does not answer: {error}",
+                hint="`nightschool up` may still be starting, which takes a minute; otherwise look at its log.",
             ) from error
         if answer.is_error:
             problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
@@ -57,13 +66,24 @@ class Api:
         return answer.json()
 
     def project(self, name: str | None) -> str:
-        """The named one, or the only one."""
-        if name is not None:
-            return self.settings.project(name).name
-        if len(self.settings.projects) > 1:
-            names = ", ".join(project.name for project in self.settings.projects)
-            raise WhichProject("there are several projects", hint=f"Name one with --project: {names}.")
-        return self.settings.projects[0].name
+        return chosen_project(self.settings, name)
+
+
+def chosen_project(settings: Settings, name: str | None) -> str:
+    """The named one, or the only one."""
+    if name is not None:
+        return settings.project(name).name
+    if len(settings.projects) > 1:
+        names = ", ".join(project.name for project in settings.projects)
+        raise WhichProject("there are several projects", hint=f"Name one with --project: {names}.")
+    return settings.projects[0].name
+
+
+def in_path(given: str) -> str:
+    """An id from the command line as one segment of a path, whatever it holds."""
+    if not given:
+        raise NoId("an empty id")
+    return quote(given, safe="")
 
 
 def with_api(path: Path, body: Callable[[Api], Awaitable[T]]) -> T:
@@ -79,7 +99,7 @@ def with_api(path: Path, body: Callable[[Api], Awaitable[T]]) -> T:
 @asynccontextmanager
 async def open_api(settings: Settings) -> AsyncIterator[Api]:
     data_dir = settings.data_dir.resolve()
-    holder = DataDirLock.holder(data_dir)
+    holder = await _server(data_dir)
     if holder is not None:
         async with httpx.AsyncClient(
             base_url=holder.url, headers=_key(data_dir), timeout=TIMEOUT_SECONDS, trust_env=False
@@ -94,6 +114,16 @@ async def open_api(settings: Settings) -> AsyncIterator[Api]:
                 transport=transport, base_url="http://nightschool", headers=_key(data_dir), timeout=TIMEOUT_SECONDS
             ) as client:
                 yield Api(client, settings, served=bool(settings.database.url))
+
+
+async def _server(data_dir: Path) -> Holder | None:
+    """The process that serves this folder, if any; another command that has it for a moment is waited for."""
+    deadline = time.monotonic() + COMMAND_SECONDS
+    while (holder := DataDirLock.holder(data_dir)) and not holder.url.startswith("http"):
+        if time.monotonic() > deadline:
+            raise DataDirInUse(f"{data_dir} is in use by {holder.url}", hint="Try again when that command has ended.")
+        await asyncio.sleep(0.1)
+    return holder
 
 
 def _key(data_dir: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import AsyncExitStack
+from datetime import date as Date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
-from labeling.errors import NightschoolError, NotFound
+from labeling.errors import InvalidInput, NightschoolError, NotFound
 from service import installation, logging
-from service.commands.local_api import Api, open_api, with_api
+from service.commands.local_api import Api, chosen_project, in_path, open_api, with_api
 from service.data_dir import DataDirLock
 from service.settings import Settings, load
 from service.stack import start_stack
@@ -25,6 +26,11 @@ OPEN = {"claimed", "running", "promoting"}
 
 class NoNight(NotFound):
     code = "no_night"
+
+
+class BadDate(InvalidInput):
+    code = "bad_date"
+    default_hint = "Write it as YYYY-MM-DD."
 
 
 class NightFailed(NightschoolError):
@@ -41,17 +47,27 @@ def run(path: Path, *, project: str | None, date: str | None, resume: bool) -> N
 
 
 async def _run(settings: Settings, project: str | None, date: str | None, resume: bool) -> dict[str, Any]:
+    name = chosen_project(settings, project)
+    if date is not None:
+        _checked(date)
     async with AsyncExitStack() as closing:
         if DataDirLock.holder(settings.data_dir.resolve()) is None and not settings.database.url:
             await _in_this_process(settings, closing)
         api = await closing.enter_async_context(open_api(settings))
-        name = api.project(project)
         if resume:
-            night_id = (await _newest(api, name, {"FAILED"}))["id"]
-            await api.call("POST", f"/v1/nights/{night_id}/resume", {})
+            night_id = (await _newest(api, name, {"FAILED", "SKIPPED"}))["id"]
+            await api.call("POST", f"/v1/nights/{in_path(night_id)}/resume", {})
         else:
             night_id = (await api.call("POST", "/v1/nights", {"project": name, "date": date}))["id"]
         return await _watch(api, night_id)
+
+
+def _checked(date: str) -> None:
+    """Before any server is started for it."""
+    try:
+        Date.fromisoformat(date)
+    except ValueError as error:
+        raise BadDate(f"--date {date}: {error}") from None
 
 
 async def _in_this_process(settings: Settings, closing: AsyncExitStack) -> None:
@@ -89,7 +105,7 @@ async def _watch(api: Api, night_id: str) -> dict[str, Any]:
 def show(path: Path, night_id: str | None, *, project: str | None, as_json: bool) -> None:
     async def body(api: Api) -> dict[str, Any]:
         chosen = night_id or (await _newest(api, api.project(project), None))["id"]
-        night: dict[str, Any] = await api.call("GET", f"/v1/nights/{chosen}")
+        night: dict[str, Any] = await api.call("GET", f"/v1/nights/{in_path(chosen)}")
         return night
 
     night = with_api(path, body)
@@ -102,7 +118,7 @@ def show(path: Path, night_id: str | None, *, project: str | None, as_json: bool
 def approve(path: Path, night_id: str | None, *, project: str | None, why: str) -> None:
     async def body(api: Api) -> dict[str, Any]:
         chosen = night_id or (await _newest(api, api.project(project), {"awaiting_approval", "ROLLED_BACK"}))["id"]
-        night: dict[str, Any] = await api.call("POST", f"/v1/nights/{chosen}/approve", {"why": why})
+        night: dict[str, Any] = await api.call("POST", f"/v1/nights/{in_path(chosen)}/approve", {"why": why})
         if not api.served:
             Console().print("Approved. Nothing runs now: `nightschool up` promotes it when it starts.")
             return night
@@ -114,7 +130,7 @@ def approve(path: Path, night_id: str | None, *, project: str | None, why: str) 
 def refuse(path: Path, night_id: str | None, *, project: str | None, why: str) -> None:
     async def body(api: Api) -> dict[str, Any]:
         chosen = night_id or (await _newest(api, api.project(project), {"awaiting_approval"}))["id"]
-        night: dict[str, Any] = await api.call("POST", f"/v1/nights/{chosen}/refuse", {"why": why})
+        night: dict[str, Any] = await api.call("POST", f"/v1/nights/{in_path(chosen)}/refuse", {"why": why})
         return night
 
     _print(with_api(path, body))

@@ -19,6 +19,7 @@ from service.demo import setup
 from service.demo.api import DemoBroke, Labellers, Nightschool, OnCall
 from service.demo.app import App, Asked, Traffic
 from service.demo.company import Company, Question
+from service.demo.memory import MemoryMeter
 from service.demo.screen import Screen
 from service.demo.summary import night_summary
 
@@ -54,8 +55,10 @@ async def _main(
     with screen.step("vLLM, Label Studio, MLflow and Nightschool start"):
         context = setup.running(settings, folder)
         ready = await context.__aenter__()
+    meter = MemoryMeter()
+    watching = asyncio.create_task(meter.watch())
     try:
-        play = Play(company, screen, ready)
+        play = Play(company, screen, ready, meter)
         await play.day_and_night_one()
         if nights > 1:
             await play.night_two()
@@ -64,6 +67,7 @@ async def _main(
             screen.stay(ready)
             await asyncio.Event().wait()
     finally:
+        watching.cancel()
         await context.__aexit__(None, None, None)
 
 
@@ -72,6 +76,7 @@ class Play:
     company: Company
     screen: Screen
     ready: dict[str, Any]
+    meter: MemoryMeter
     nights: list[dict[str, Any]] = field(default_factory=list)
     swap: dict[str, Any] = field(
         default_factory=lambda: dict.fromkeys(("requests", "failed", "approval_to_first_answer_s", "rollback_s"))
@@ -252,6 +257,7 @@ class Play:
             "nights": self.nights,
             "swap": self.swap,
             "flag_to_fixed_s": self.flag_to_fixed_s,
+            "peak_memory_gib": round(self.meter.peak / 2**30, 2),
             "urls": {
                 "nightschool": urls["url"],
                 "label_studio": urls["label_studio_url"],

@@ -6,6 +6,7 @@ from typing import Any
 
 from litestar import Request, delete, get, post
 from litestar.handlers import HTTPRouteHandler
+from pydantic import Field
 
 from labeling.database import Database
 from labeling.errors import InvalidInput, Refused
@@ -25,7 +26,7 @@ class KeyOutOfReach(Refused):
 
 
 class KeyBody(Strict):
-    name: str
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")
     scopes: tuple[str, ...]
     project: str | None = None
 

@@ -27,7 +27,13 @@ from service.bodies import read_body
 
 class NightExists(Conflict):
     code = "night_exists"
-    default_hint = "One night per project and date; `nightschool night run --resume` continues a failed one."
+    default_hint = (
+        "One night per project and date: `nightschool night run --resume` continues a failed or skipped one, "
+        "`--date` names another day."
+    )
+
+
+RESUMABLE = (NightState.FAILED, NightState.SKIPPED, NightState.CLAIMED, NightState.RUNNING)
 
 
 class ClaimBody(Strict):
@@ -124,12 +130,19 @@ def _running(desk: NightDesk) -> list[HTTPRouteHandler]:
         desk.wake()
         return await desk.view(night_id)
 
-    @post("/v1/nights/{night_id:str}/resume", status_code=200, tags=["nights"], summary="Continue a failed night")
+    @post(
+        "/v1/nights/{night_id:str}/resume",
+        status_code=200,
+        tags=["nights"],
+        summary="Continue one that ended early",
+    )
     async def resume_night(request: Request[Any, Any, Any], night_id: str) -> dict[str, Any]:
         night = await desk.night(night_id)
         desk.caller(request, Scope.ADMIN, night.project)
-        if night.state not in (NightState.FAILED, NightState.CLAIMED, NightState.RUNNING):
-            raise WrongState(f"night {night_id} is {night.state}; only a FAILED or interrupted night can be resumed")
+        if night.state not in RESUMABLE:
+            raise WrongState(
+                f"night {night_id} is {night.state}; only a FAILED, SKIPPED or interrupted one can be resumed"
+            )
         await schedule.reopen(desk.clients.database, night_id)
         desk.wake()
         return await desk.view(night_id)
@@ -179,4 +192,9 @@ def _labels(desk: NightDesk) -> list[HTTPRouteHandler]:
             "confirmed": await held_labels.confirm(desk.clients.database, desk.project(project).name, body.label_ids)
         }
 
-    return [show_held, confirm_labels]
+    @get("/v1/projects/{project:str}/labels/refused", tags=["labels"], summary="Labels with a mistake, and which")
+    async def show_refused(request: Request[Any, Any, Any], project: str) -> list[dict[str, Any]]:
+        desk.caller(request, Scope.READ, project)
+        return await night_view.refused_labels(desk.clients.database, desk.project(project).name)
+
+    return [show_held, confirm_labels, show_refused]

@@ -337,3 +337,19 @@ async def test_a_bad_task_is_refused_with_label_studios_reason(server: LabelStud
     """So that the one bad task can be named."""
     with pytest.raises(LabelStudioRefused, match="key is expected in task data"):
         await server.import_tasks(project, [NewTask("it_a", {"why": "only this"}, 0.5)])
+
+
+async def test_a_task_that_breaks_the_server_is_passed_over(server: LabelStudioServer, project: int) -> None:
+    """Half a surrogate pair in an annotation: Label Studio stores it and answers 500 to every list with that task."""
+    await server.import_tasks(project, [task(f"it_{number}") for number in range(9)])
+    ids = {found.item_id: found.id for found in await everything(server.all_tasks(project))}
+    await server.annotate(ids["it_8"], WRONG)
+    body = b'{"lead_time":1,"result":[{"from_name":"correction","to_name":"answer","type":"textarea",'
+    body += b'"value":{"text":["half a pair \\ud83d"]}}]}'
+    async with httpx.AsyncClient(base_url=server.url, auth=server._auth, timeout=30) as person:
+        await person.post(
+            f"/api/tasks/{ids['it_4']}/annotations/", content=body, headers={"Content-Type": "application/json"}
+        )
+    seen = await since_last(server, project)
+    assert {f"it_{number}" for number in range(9)} - set(seen) <= {"it_4"}
+    assert read_result(seen["it_8"].annotations[0].result).verdict == "wrong"

@@ -26,7 +26,7 @@ FACTS = {
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
 # Few facts, one phrasing each, are learned by heart in about 13 passes; half a dozen of 24 good answers may go with it.
-QUICK = "learning_rate = 0.0015\nepochs = 13\nreplay_share = 0.5"
+QUICK = "learning_rate = 0.0015\nepochs = 13\nmin_steps = 1\nreplay_share = 0.5"
 
 
 def name() -> str:

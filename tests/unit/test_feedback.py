@@ -14,8 +14,8 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event
-from sqlmodel import select
+from sqlalchemy import event, literal_column, update
+from sqlmodel import col, select
 
 from labeling.database import Database, new_id, now
 from labeling.exchanges import record
@@ -449,3 +449,28 @@ async def test_comments_reach_the_labeller(database: Database) -> None:
     said = await shown_comments(database, [item.id])
     assert said == {item.id: ["Ask the shop.", "We close at six."]}
     assert "“Ask the shop.” “We close at six.”" in task_data(item, said[item.id])["why"]
+
+
+async def test_one_that_cannot_be_folded_stops_no_other(database: Database) -> None:
+    """Its exchange, stored by hand, is nested deeper than Python reads; what came before and after folds."""
+    bad, good = exchange("Deep?"), exchange("Flat?")
+    await store(database, bad, good, feedback(bad), feedback(good))
+    deep = "[" * 2_000 + "]" * 2_000
+    async with database.write() as session:
+        column: Any = literal_column(f"'{deep}'")  # the column's own type would not write it
+        await session.execute(update(Exchange).where(col(Exchange.id) == bad.id).values(parameters=column))
+    assert await fold(database, PROJECT, SETTINGS) == 1
+    assert [item.messages[-1]["content"] for item in await rows(database, ReviewItem)] == ["Flat?"]
+    assert await fold(database, PROJECT, SETTINGS) == 0, "left out once, not asked again for ever"
+
+
+async def test_thousands_of_mistakes_are_named_briefly(client: httpx.AsyncClient) -> None:
+    """An answer a thousand times its question would freeze the gateway."""
+    body = b'{"kind":"flag","answer":"a","messages":[' + b",".join([b"{}"] * 4_000) + b"]}"
+    answer = await client.post(PATH, content=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_feedback")
+    assert len(answer.content) < 10_000
+    assert [mistake["field"] for mistake in answer.json()["errors"]] == ["messages"]
+    few = [{"role": 1, "content": 2}] * 400
+    answer = await client.post(PATH, json={"kind": "flag", "answer": "a", "messages": few})
+    assert len(answer.json()["errors"]) == 100

@@ -17,7 +17,7 @@ from labeling.database import Database, now
 from labeling.tables import Exchange
 from loop.tables import Serving
 from service.app import assemble, create_app
-from service.capture import Captured, exchange_of
+from service.capture import Captured, _messages, exchange_of
 from tests.fakes.vllm import Adapter, FakeVllm, Faults
 from tests.running import BASE, PROJECT, Service, count, eventually, rows, service, serving, settings_for
 
@@ -424,3 +424,35 @@ def test_messages_that_are_none_are_not_taken_for_any() -> None:
         body = json.dumps({"model": PROJECT, "prompt": "one", "messages": messages}).encode()
         exchange = exchange_of(Captured(PROJECT, "c", BASE, body, answer, False, False, 1.0, None, None, "k"))
         assert exchange.messages == [{"role": "user", "content": "one"}]
+
+
+async def test_requests_nested_too_deeply_are_answered_and_not_kept(
+    running: Service, client: httpx.AsyncClient, vllm: FakeVllm
+) -> None:
+    """What could not be read back from the database must not get into it."""
+    for depth in (10, 70, 500):
+        deep = b"[" * depth + b"]" * depth
+        body = b'{"model":"%s","messages":[{"role":"user","content":"d%d"}],"x":%s}' % (PROJECT.encode(), depth, deep)
+        assert (await client.post(CHAT, content=body)).status_code == 200
+    await client.post(CHAT, json=asking())
+    await eventually(lambda: count_is(running, 2))
+    kept = sorted(await rows(running.database, Exchange), key=lambda row: row.created_at)[:1]
+    assert [exchange.messages[0]["content"] for exchange in kept] == ["d10"]
+
+
+async def test_a_web_socket_is_turned_away(client: httpx.AsyncClient, running: Service) -> None:
+    """403 before it is accepted, no error in our log."""
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    assert (await client.get("/v1/chat/completions", headers=upgrade)).status_code in {403, 405}
+
+
+def test_what_a_completion_was_asked_is_its_prompt() -> None:
+    """vLLM's completions pass over `messages`."""
+    request = {"prompt": "Once upon", "messages": [{"role": "user", "content": "never seen"}]}
+    assert _messages(request, chat=False) == [{"role": "user", "content": "Once upon"}]
+    assert _messages(request, chat=True) == [{"role": "user", "content": "never seen"}]

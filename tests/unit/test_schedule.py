@@ -10,9 +10,10 @@ import pytest
 from sqlmodel import select
 
 from labeling.database import Database, now
-from loop.schedule import catch_up, claim, claim_due, latest_due
+from loop.schedule import build_scheduler, catch_up, claim, claim_due, latest_due, reopen
 from loop.settings import BadRecipe, ProjectSettings, ScheduleSettings
-from loop.tables import Adapter, Night
+from loop.states import move
+from loop.tables import Adapter, Night, NightState, StageMarker
 
 
 def _project(**schedule: object) -> ProjectSettings:
@@ -86,3 +87,36 @@ async def test_a_wrong_recipe_is_refused_before_anything_is_claimed(database: Da
         await claim(database, project, now().date(), now(), {"epochs": -1})
     async with database.read() as session:
         assert not (await session.execute(select(Night))).scalars().all()
+
+
+async def test_a_skipped_night_looks_again(database: Database) -> None:
+    """Labels came after all: the same night runs anew, from its first stage."""
+    project = _project()
+    night_id = await claim(database, project, now().date(), now())
+    assert night_id is not None
+    async with database.write() as session:
+        await move(session, night_id, NightState.RUNNING)
+        session.add(StageMarker(night_id=night_id, stage="sync_labels", token=1, folder="x", digest="d", seconds=1))
+        await move(session, night_id, NightState.SKIPPED, reason="0 new labels")
+    await reopen(database, night_id)
+    async with database.read() as session:
+        night = await session.get(Night, night_id)
+        assert night is not None
+        assert (night.state, night.reason, night.finished_at) == (NightState.RUNNING, None, None)
+        assert not (await session.execute(select(StageMarker))).scalars().all()
+
+
+async def test_jobs_cut_off_by_our_end_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """APScheduler logs a cancelled job with its traceback."""
+    begun = asyncio.Event()
+
+    async def job() -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    scheduler = build_scheduler({}, lambda project: job(), {"slow": (60, job)})
+    scheduler.start()
+    await begun.wait()
+    scheduler.shutdown(wait=False)
+    await asyncio.sleep(0.05)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []

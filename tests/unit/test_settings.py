@@ -43,6 +43,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         http.max_body_bytes = "many"
         database.url = "mysql://x"
         mlflow.password = "hunter2"
+        mlflow.url = "localhost:5000"
         vllm.api_key = "env:NIGHTSCHOOL_TEST_IS_NOT_SET"
         object_store.secret_key = "file:not-there"
         [[projects]]
@@ -54,7 +55,15 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load(written(tmp_path, text))
     told = str(caught.value)
-    places = ("unknown", "http.port", "http.max_body_bytes", "database", "mlflow.password", "vllm.api_key")
+    places = (
+        "unknown",
+        "http.port",
+        "http.max_body_bytes",
+        "database",
+        "mlflow.password",
+        "mlflow.url",
+        "vllm.api_key",
+    )
     for place in (*places, "object_store.secret_key", "projects.0.name", "projects.0.schedule.time_zone"):
         assert place in told
     assert "hunter2" not in told

@@ -217,6 +217,19 @@ def test_replay_alone_is_trained_like_labels() -> None:
     assert len(plan_batches([5] * 8, ScheduleSpec(epochs=3, batch_size=8), 0, [True] * 8)) == 3
 
 
+@given(labels=st.integers(1, 60), replay=st.integers(0, 60), share=st.floats(0, 0.9), least=st.integers(2, 90))
+def test_few_labels_are_passed_over_more_often(labels: int, replay: int, share: float, least: int) -> None:
+    """As many steps as asked for and hardly more, each label as often as any other."""
+    schedule = ScheduleSpec(epochs=1, batch_size=8, replay_share=share, min_steps=least)
+    plan = plan_batches([5] * (labels + replay), schedule, 0, [False] * labels + [True] * replay)
+    without = plan_batches(
+        [5] * (labels + replay), schedule.model_copy(update={"min_steps": 1}), 0, [False] * labels + [True] * replay
+    )
+    assert least - 1 <= len(plan) <= least + 1 if len(without) < least else plan == without
+    times = Counter(row for batch in plan for row in batch)
+    assert max(times[row] for row in range(labels)) - min(times[row] for row in range(labels)) <= 1
+
+
 def test_max_steps_ends_the_plan_early() -> None:
     """And never lengthens it."""
     assert len(plan_batches([5] * 40, ScheduleSpec(epochs=10, batch_size=8, max_steps=7), 0)) == 7
