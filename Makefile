@@ -45,7 +45,7 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
-# Whole nights: killed in each stage, three in a row, five adapters at the gate, the demo with another company.
+# Whole nights: three in a row, over `serve` and `work` apart, five adapters at the gate, the demo with another company.
 test-long: setup
 	.venv/bin/python -m pytest -m long $(TEST_ARGS)
 

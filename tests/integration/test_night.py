@@ -74,7 +74,6 @@ async def ask(up: Up, question: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-@pytest.mark.long
 async def test_a_night_killed_in_each_stage_finishes_once(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:
@@ -157,7 +156,6 @@ async def test_three_nights_with_restarts_between(
         assert sorted(ours) == [f"{up.project}@v3", f"{up.project}@v4"], "current and the way back, nothing older"
 
 
-@pytest.mark.long
 async def test_too_few_labels_skip_the_night_and_say_how_many(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:

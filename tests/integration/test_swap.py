@@ -88,7 +88,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
     await opened.close()
 
 
-@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.long)])
+@pytest.fixture(params=["fake", "real"])
 def server(request: pytest.FixtureRequest) -> Any:
     """None for the fakes. Not async: the real one's start needs an event loop of its own."""
     return request.getfixturevalue("vllm_server") if request.param == "real" else None
