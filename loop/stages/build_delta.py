@@ -16,6 +16,7 @@ from loop.outputs import Delta, SyncedLabels
 from loop.scoring import ExamItem, held_out_items
 from loop.stage import NightEnds, StageContext
 from loop.tables import LabelUse, NightState
+from loop.trainers.rows import rows_drawn
 from loop.trainers.spec import Row
 from loop.vllm import Replica
 
@@ -35,6 +36,7 @@ async def run(context: StageContext) -> Delta:
         project.replay,
         context.data_dir,
         whole=project.trainer.replay_loss == "ce",
+        wanted=rows_drawn(project.trainer, len(chosen.trained))[1],
     )
     rows = [examples.label_row(label) for label in chosen.trained] + examples.base_rows(answers)
     held_out = [examples.label_item(label) for label in chosen.held_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from labeling.errors import InvalidInput
 from loop.trainers.spec import BadRows, Row, ScheduleSpec
@@ -69,6 +69,27 @@ def _to_end_of_turn(tokens: list[int], answer_start: int, stop_ids: frozenset[in
     raise UnfitTemplate("the base's chat template ends no answer with one of the base's stop tokens")
 
 
+class Draws(Protocol):
+    """What of a recipe settles how many rows are trained."""
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def min_steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def replay_share(self) -> float: ...
+
+
+def rows_drawn(recipe: Draws, labels: int, *, replay: bool = True) -> tuple[int, int]:
+    """How many label rows and replay rows a run draws, each row as often as it comes."""
+    share = recipe.replay_share if replay else 0.0
+    least = int((recipe.min_steps - 1) * recipe.batch_size * (1 - share)) + 1
+    of_labels = max(round(recipe.epochs * labels), least)
+    return of_labels, round(of_labels * share / (1 - share))
+
+
 def plan_batches(
     lengths: Sequence[int], schedule: ScheduleSpec, seed: int, replay: Sequence[bool] | None = None
 ) -> list[list[int]]:
@@ -83,10 +104,8 @@ def plan_batches(
     labels, held = ([row for row, is_replay in enumerate(replay) if is_replay is kind] for kind in (False, True))
     if not labels:
         labels, held = held, labels
-    share = schedule.replay_share if held else 0.0
-    least = int((schedule.min_steps - 1) * schedule.batch_size * (1 - share)) + 1
-    trained = _passes(labels, max(round(schedule.epochs * len(labels)), least), chance)
-    order = _evenly(trained, _passes(held, round(len(trained) * share / (1 - share)), chance))
+    of_labels, of_held = rows_drawn(schedule, len(labels), replay=bool(held))
+    order = _evenly(_passes(labels, of_labels, chance), _passes(held, of_held, chance))
     bucket = schedule.batch_size * BATCHES_PER_BUCKET
     plan: list[list[int]] = []
     for start in range(0, len(order), bucket):

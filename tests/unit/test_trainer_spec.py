@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loop.settings import TrainerSettings
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
-from loop.trainers.rows import UnfitTemplate, heaviest, plan_batches, tokenise
+from loop.trainers.rows import UnfitTemplate, heaviest, plan_batches, rows_drawn, tokenise
 from loop.trainers.spec import (
     BadRows,
     BadSpec,
@@ -228,6 +228,17 @@ def test_few_labels_are_passed_over_more_often(labels: int, replay: int, share: 
     assert least - 1 <= len(plan) <= least + 1 if len(without) < least else plan == without
     times = Counter(row for batch in plan for row in batch)
     assert max(times[row] for row in range(labels)) - min(times[row] for row in range(labels)) <= 1
+
+
+@given(labels=st.integers(1, 60), share=st.floats(0, 0.9), least=st.integers(1, 90), epochs=st.floats(0.5, 5))
+def test_the_rows_drawn_are_known_before_there_are_any(labels: int, share: float, least: int, epochs: float) -> None:
+    """So that no more of the base's answers are asked for than a night trains on."""
+    schedule = ScheduleSpec(epochs=epochs, batch_size=8, replay_share=share, min_steps=least)
+    of_labels, of_replay = rows_drawn(schedule, labels)
+    plan = plan_batches([5] * (labels + 40), schedule, 0, [False] * labels + [True] * 40)
+    drawn = Counter(row < labels for batch in plan for row in batch)
+    assert (drawn[True], drawn[False]) == (of_labels, of_replay)
+    assert rows_drawn(schedule.model_copy(update={"replay_share": 0.0}), labels)[1] == 0
 
 
 def test_max_steps_ends_the_plan_early() -> None:
