@@ -58,8 +58,8 @@ async def start_stack(settings: Settings, *, log_dir: Path, progress: Progress) 
 
     A second start over the same data directory finds the same databases, secrets and logins.
     """
-    for project in settings.projects:
-        read_base_config(project.base_dir)  # a folder that is missing or no model: said before anything is started
+    if settings.vllm.managed:
+        read_base_config(settings.projects[0].base_dir)  # no model there: said before anything is started
     login = _login(settings)
     managed = _managed(settings, login)
     kept = tuple(Kept(server, log_dir) for server in managed.values())

@@ -156,13 +156,13 @@ def test_gains_on_flagged_prompts_never_pay_for_losses_elsewhere() -> None:
 
 
 def test_a_slow_candidate_is_rejected() -> None:
-    """Four times the time an answer, where three is allowed."""
+    """Five times the time an answer, where four is allowed."""
     families = night()
     verdict = decide(
         families,
         {item.name: item.n for item in families},
         applied=True,
-        seconds_an_answer={"current": 0.5, "candidate": 2.0},
+        seconds_an_answer={"current": 0.5, "candidate": 2.5},
         settings=DEMO,
     )
     assert verdict.state is NightState.REJECTED
