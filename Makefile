@@ -32,7 +32,7 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
 	@echo "make test   the tests, real components included (TEST_ARGS=\"-k gateway\")"
-	@echo "make test-long   whole nights on real components, about half an hour"
+	@echo "make test-long   whole nights on real components, about three quarters of an hour"
 	@echo "make check  ruff, mypy, import-linter, docs against code"
 	@echo "make setup  only install     make clean  remove everything that these made"
 
@@ -45,7 +45,7 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
-# Whole nights: three in a row, over `serve` and `work` apart, five adapters at the gate, the demo with another company.
+# Whole nights: killed in each stage, three in a row, over `serve` and `work` apart, five adapters at the gate, the demo with another company.
 test-long: setup
 	.venv/bin/python -m pytest -m long $(TEST_ARGS)
 

@@ -26,7 +26,7 @@ FACTS = {
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
 # Few facts, one phrasing each, are learned by heart in about 13 passes; half a dozen of 24 good answers may go with it.
-QUICK = "learning_rate = 0.0015\nepochs = 13\nmin_steps = 1\nreplay_share = 0.5"
+QUICK = "learning_rate = 0.0015\nepochs = 22\nmin_steps = 1\nreplay_share = 0.5"
 
 
 def name() -> str:
@@ -74,6 +74,7 @@ async def ask(up: Up, question: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
+@pytest.mark.long
 async def test_a_night_killed_in_each_stage_finishes_once(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:
