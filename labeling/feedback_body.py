@@ -71,7 +71,7 @@ def parse(raw: Any) -> FeedbackBody:
         for field, message in chain(_reference(raw), _value(raw), _messages(raw), _nul(raw))
         if field.split(".")[0] not in wrong
     )
-    mistakes = [*mistakes, *islice(more, MISTAKES_NAMED)][:MISTAKES_NAMED]
+    mistakes = list(islice(chain(mistakes, more), MISTAKES_NAMED))
     if mistakes or body is None:
         raise InvalidFeedback(mistakes)
     return body

@@ -159,7 +159,13 @@ class Replica:
         return Answer(text, time.monotonic() - started, choice.get("finish_reason") or "")
 
     async def ask_many(
-        self, served: str, asked: Sequence[Sequence[Message]], *, max_tokens: int | Sequence[int], concurrency: int
+        self,
+        served: str,
+        asked: Sequence[Sequence[Message]],
+        *,
+        max_tokens: int | Sequence[int],
+        concurrency: int,
+        temperature: float = 0,
     ) -> list[Answer]:
         """Answers in the order asked, of at most so many tokens each; the first failure cancels the rest."""
         gate = asyncio.Semaphore(concurrency)
@@ -167,7 +173,7 @@ class Replica:
 
         async def one(messages: Sequence[Message], limit: int) -> Answer:
             async with gate:
-                return await self.ask(served, messages, max_tokens=limit)
+                return await self.ask(served, messages, max_tokens=limit, temperature=temperature)
 
         return await _all([one(messages, limit) for messages, limit in zip(asked, limits, strict=True)])
 

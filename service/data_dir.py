@@ -35,6 +35,11 @@ class Holder:
     pid: int
     url: str
 
+    @property
+    def serves(self) -> bool:
+        """Over HTTP; a command that has the folder for a moment gives no address."""
+        return self.url.startswith("http")
+
 
 class DataDirLock:
     """`with DataDirLock(data_dir, url)`: the kernel frees it however the holder ends, so there are no stale locks."""

@@ -142,7 +142,7 @@ async def _managed(settings: Settings) -> list[Finding]:
     """Of a running installation, what its /ready says; otherwise whether there is something to start."""
     names = [name for name in ("vllm", "label_studio", "mlflow") if getattr(settings, name).managed]
     holder = DataDirLock.holder(settings.data_dir)
-    if not names or holder is None or not holder.url.startswith("http"):
+    if not names or holder is None or not holder.serves:
         return [_installed(settings, name) for name in names]
     try:
         async with httpx.AsyncClient(timeout=READY_SECONDS, trust_env=False) as client:

@@ -14,33 +14,29 @@ from service.commands.local_api import Api, with_api
 
 
 def held(path: Path, *, project: str | None, as_json: bool) -> None:
-    async def body(api: Api) -> None:
-        rows = await api.call("GET", f"/v1/projects/{api.project(project)}/labels/held")
-        if as_json:
-            print(json.dumps(rows, indent=1))
-            return
-        table = Table(Column("id", no_wrap=True), "prompt", "correction", "by")
-        for row in rows:
-            prompt = content_text(row["prompt"][-1].get("content"))
-            table.add_row(*map(escape, (row["id"], prompt, row["correction"] or "", ", ".join(row["annotators"]))))
-        Console().print(table if rows else "No label is held back.")
-
-    with_api(path, body)
+    _listed(path, "held", project, as_json, ("id", "id"), ("correction", "correction"), "No label is held back.")
 
 
 def refused(path: Path, *, project: str | None, as_json: bool) -> None:
+    _listed(path, "refused", project, as_json, ("task", "task"), ("why refused", "reason"), "No label is refused.")
+
+
+def _listed(
+    path: Path, which: str, project: str | None, as_json: bool, key: tuple[str, str], said: tuple[str, str], none: str
+) -> None:
+    """`key` and `said`: a column's title and the field that fills it."""
+
     async def body(api: Api) -> None:
-        rows = await api.call("GET", f"/v1/projects/{api.project(project)}/labels/refused")
+        rows = await api.call("GET", f"/v1/projects/{api.project(project)}/labels/{which}")
         if as_json:
             print(json.dumps(rows, indent=1))
             return
-        table = Table(Column("task", no_wrap=True), "prompt", "why refused", "by")
+        table = Table(Column(key[0], no_wrap=True), "prompt", said[0], "by")
         for row in rows:
             prompt = content_text(row["prompt"][-1].get("content"))
-            table.add_row(
-                *map(escape, (str(row["task"] or ""), prompt, row["reason"] or "", ", ".join(row["annotators"])))
-            )
-        Console().print(table if rows else "No label is refused.")
+            cells = (str(row[key[1]] or ""), prompt, row[said[1]] or "", ", ".join(row["annotators"]))
+            table.add_row(*map(escape, cells))
+        Console().print(table if rows else none)
 
     with_api(path, body)
 

@@ -119,7 +119,7 @@ async def open_api(settings: Settings) -> AsyncIterator[Api]:
 async def _server(data_dir: Path) -> Holder | None:
     """The process that serves this folder, if any; another command that has it for a moment is waited for."""
     deadline = time.monotonic() + COMMAND_SECONDS
-    while (holder := DataDirLock.holder(data_dir)) and not holder.url.startswith("http"):
+    while (holder := DataDirLock.holder(data_dir)) and not holder.serves:
         if time.monotonic() > deadline:
             raise DataDirInUse(f"{data_dir} is in use by {holder.url}", hint="Try again when that command has ended.")
         await asyncio.sleep(0.1)

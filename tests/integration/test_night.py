@@ -25,7 +25,8 @@ FACTS = {
     "Which street is Fennmark in?": "Fennmark is in Kastanje Street.",
     "How many looms does Fennmark have?": "Fennmark has 19 looms.",
 }
-# Few facts, one phrasing each, are learned by heart in about 13 passes; half a dozen of 24 good answers may go with it.
+# Few facts, one phrasing each, are learned by heart in 22 passes (13 left one of six); half a dozen of 24 good answers
+# may go with it.
 QUICK = "learning_rate = 0.0015\nepochs = 22\nmin_steps = 1\nreplay_share = 0.5"
 
 
