@@ -13,7 +13,7 @@ import openai
 from service.demo.api import Nightschool
 from service.demo.company import Question
 
-CONCURRENCY = 16
+CONCURRENCY = 32
 ANSWER_TOKENS = 32
 
 
