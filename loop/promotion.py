@@ -6,6 +6,7 @@ and the version is tagged with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -59,7 +60,9 @@ async def read_request(clients: Clients, project: ProjectSettings) -> ApprovalRe
     await _expire(clients, project)
     before = await _standing(clients, project)
     if before.settled:
-        version = (await clients.registry.aliases(project.name)).get("production")
+        aliases = await clients.registry.aliases(project.name)
+        await _withdraw_candidate(clients, project, aliases)
+        version = aliases.get("production")
         # Read again: an alias read before a switch, compared with what serves after it, would look like a roll back.
         if await _standing(clients, project) != before:
             return None
@@ -87,7 +90,10 @@ async def refuse(clients: Clients, project: ProjectSettings, night_id: str, *, b
             raise NoSuchNight(f"no night {night_id!r}")
         await states.move(session, night_id, NightState.REFUSED, reason=f"refused by {by}: {why or 'no reason given'}")
     log.info("refused", project=project.name, night=night_id, by=by, why=why)
-    await _withdraw_candidate(clients, project, night)
+    try:
+        await _withdraw_candidate(clients, project, await clients.registry.aliases(project.name))
+    except Unavailable as error:  # refused all the same: the poll takes the alias away once MLflow is back
+        log.warning("candidate_not_withdrawn", project=project.name, code=error.code, reason=str(error))
 
 
 async def roll_back(clients: Clients, project: ProjectSettings, *, by: str, why: str, to: str | None = None) -> None:
@@ -200,7 +206,6 @@ async def _expire(clients: Clients, project: ProjectSettings) -> None:
             async with clients.database.write() as session:
                 await states.move(session, night.id, NightState.EXPIRED, reason=reason)
             log.info("expired", project=project.name, night=night.id, reason=reason)
-            await _withdraw_candidate(clients, project, night)
 
 
 async def _why_expired(
@@ -214,12 +219,20 @@ async def _why_expired(
     return await why_stale(session, night, evidence) or why_too_old(evidence, project.approval)
 
 
-async def _withdraw_candidate(clients: Clients, project: ProjectSettings, night: Night) -> None:
-    """The alias `candidate` goes when it stands on this night's version."""
-    if night.candidate is None:
-        return
-    adapter = await get_adapter(clients, night.candidate)
-    if (await clients.registry.aliases(project.name)).get("candidate") == adapter.version:
+async def _withdraw_candidate(clients: Clients, project: ProjectSettings, aliases: Mapping[str, int]) -> None:
+    """The alias `candidate` goes when the night of its version was refused or has expired."""
+    async with clients.database.read() as session:
+        query = (
+            select(Night.id)
+            .join(Adapter, col(Adapter.name) == col(Night.candidate))
+            .where(
+                col(Adapter.project) == project.name,
+                col(Adapter.version) == aliases.get("candidate"),
+                col(Night.state).in_((NightState.REFUSED, NightState.EXPIRED)),
+            )
+        )
+        over = (await session.execute(query)).first()
+    if over is not None:
         await clients.registry.delete_alias(project.name, "candidate")
 
 

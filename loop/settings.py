@@ -134,6 +134,12 @@ class TrainerSettings(Strict):
         "kl", pattern="^(ce|kl)$", description="How replay rows hold the model: cross entropy, or KL to the base"
     )
     kl_weight: float = Field(1.35, ge=0, le=100, description="Of the mean KL beside the mean cross entropy")
+    finish_share: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="nf4 with peft: last share of the steps, on the unquantised base that is served, if memory allows",
+    )
     hours_allowed: float = Field(8.0, gt=0, le=168)
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:

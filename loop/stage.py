@@ -15,11 +15,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 from structlog.stdlib import BoundLogger
 
+from labeling.errors import Conflict
 from loop.clients import Clients
 from loop.settings import EngineSettings, ProjectSettings
 from loop.tables import NightState
 
 T = TypeVar("T", bound="StageOutput")
+
+
+class StageFilesGone(Conflict):
+    code = "stage_files_gone"
+    default_hint = "Put the night's folder back from a backup, or run the next night; what serves stays."
 
 
 class StageOutput(BaseModel):
@@ -51,8 +57,11 @@ class StageContext:
     approval: Approval | None = None  # there in PROMOTE stages
 
     def take(self, kind: type[T]) -> T:
-        """An earlier stage's output, by its type."""
-        found = self.inputs[kind]
+        """An earlier stage's output, by its type. StageFilesGone: its files were removed or changed since."""
+        found = self.inputs.get(kind)
+        if found is None:
+            where = self.data_dir / "nights" / self.night_id
+            raise StageFilesGone(f"what an earlier stage left in {where} was removed or changed: no {kind.__name__}")
         assert isinstance(found, kind)
         return found
 

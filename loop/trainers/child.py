@@ -135,6 +135,7 @@ def _train_and_write(
         tokens=trained.tokens,
         seconds=trained.seconds,
         final_loss=trained.final_loss,
+        unquantised_steps=trained.unquantised_steps,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),

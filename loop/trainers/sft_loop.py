@@ -24,6 +24,7 @@ from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
 from loop.trainers.loss import Amp, Batch, collate, retention_loss
 from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
 from loop.trainers.rows import Example, heaviest, plan_batches
+from loop.trainers.served_base import FinishOnServedBase
 from loop.trainers.spec import Progress, ScheduleSpec, TrainSpec
 
 LAST_STEPS = 10  # over which the final loss is averaged
@@ -46,6 +47,7 @@ class Trained:
     tokens: int
     seconds: float
     final_loss: float
+    unquantised_steps: int
     peak_memory_bytes: int
     device: str
 
@@ -122,6 +124,8 @@ def train(
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
     trainer = _trainer(spec, model, tokenizer, examples, plan)
     trainer.add_callback(Reporter(channel, tokens, run_digest))
+    finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan))
+    trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
     trainer.try_heaviest(examples)
     set_seed(spec.seed)
@@ -135,9 +139,14 @@ def train(
         tokens=sum(tokens),
         seconds=round(time.monotonic() - since, 3),
         final_loss=sum(losses) / len(losses),
+        unquantised_steps=finish.steps,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
         device=_device_words(model),
     )
+
+
+def _finish_at(spec: TrainSpec, steps: int) -> int:
+    return steps - round(spec.schedule.finish_share * steps) if spec.quantisation == "nf4" else steps
 
 
 def _trainer(

@@ -49,6 +49,7 @@ class ScheduleSpec(Strict):
     save_steps: int = Field(250, ge=1)
     replay_loss: Literal["ce", "kl"] = "kl"
     kl_weight: float = Field(1.35, ge=0, le=100)
+    finish_share: float = Field(0.0, ge=0, lt=1, description="Last share of the steps, on the unquantised base")
 
 
 class LengthsSpec(Strict):
@@ -117,6 +118,7 @@ class TrainResult(Strict):
     tokens: int
     seconds: float
     final_loss: float
+    unquantised_steps: int = 0  # the last ones, on the base as it is served
     peak_memory_bytes: int
     adapter_files: dict[str, str]
     packages: dict[str, str]
@@ -128,6 +130,8 @@ def render(
 ) -> TrainSpec:
     """The project's recipe as a spec."""
     flat = settings.model_dump()
+    if settings.backend != "peft":
+        flat["finish_share"] = 0.0  # Unsloth's layers are its own: none can be exchanged while it trains
 
     def pick(model: type[Strict]) -> dict[str, Any]:
         return {name: flat[name] for name in model.model_fields}

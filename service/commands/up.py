@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from service import installation, logging
 from service.data_dir import DataDirLock
 from service.installation import Installation
 from service.settings import Settings, load
+from service.signals import cancel_on_signal
 from service.stack import Stack, start_stack
 
 log = structlog.get_logger()
@@ -65,9 +65,7 @@ def _apart(settings: Settings) -> Settings:
 async def _until_signal(body: Coroutine[Any, Any, None]) -> None:
     """SIGINT and SIGTERM cancel the body, which then closes in order."""
     task = asyncio.create_task(body)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+    cancel_on_signal(task, lambda: log.info("still_stopping", hint="Servers get up to a minute to end in order."))
     try:
         await task
     except asyncio.CancelledError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import time
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -22,6 +21,7 @@ from service.demo.company import Company, Question
 from service.demo.memory import MemoryMeter
 from service.demo.screen import Screen
 from service.demo.summary import night_summary
+from service.signals import cancel_on_signal
 
 MODELS = Path(".cache") / "models"
 NIGHT_SECONDS = 3600
@@ -45,9 +45,8 @@ async def _main(
 ) -> None:
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     screen = Screen(Console())
+    cancel_on_signal(task, lambda: screen.say("Ending already: the servers get up to a minute."))
     screen.title(f"{company.name}: {company.description}")
     with screen.step("The base model, from its package"):
         model_dir = await setup.prepare_model(MODELS.resolve())

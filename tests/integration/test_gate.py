@@ -261,12 +261,10 @@ async def test_five_adapters_have_five_outcomes(bench: Bench) -> None:
     trained = await _train(bench, over, quantisation="none", learning_rate=6e-3, epochs=12, replay_share=0)
     outcomes["over-trained"] = _rejected(await _examine(bench, 4, trained, over))
 
-    wrong = _delta(bench, "wrong", _labels(right[1:] + right[:1]), replay, kept)
-    verdict = await _examine(bench, 5, await _train(bench, wrong, **careful), wrong)
-    assert not verdict.passed  # REJECTED; INCONCLUSIVE where one of 72 came right by chance
-    assert "held" in verdict.reason, verdict
-    assert verdict.findings[0].rule in {"no held-out gain", "gain open"}
-    outcomes["bad labels"] = "no held-out gain"
+    # The answers of other facts: with those of its neighbour one of ours now and then comes right by chance.
+    others = [fact["answer"] for fact in read_jsonl(COMPANY / "facts.jsonl")[FACTS : 2 * FACTS]]
+    wrong = _delta(bench, "wrong", _labels(others), replay, kept)
+    outcomes["bad labels"] = _rejected(await _examine(bench, 5, await _train(bench, wrong, **careful), wrong))
 
     other = write_adapter(bench.folder / "other", TINY, base_name="another-base")
     with pytest.raises(AdapterRejected, match="another-base"):

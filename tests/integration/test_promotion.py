@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -332,6 +333,29 @@ async def test_a_switch_that_mlflow_missed_is_no_roll_back(company: Company, mlf
     assert await company.poll() is None
     assert (await company.serving()).current == company.name(2)
     assert await company.registry_aliases() == {"production": 2, "previous": 1}
+
+
+async def test_refused_while_mlflow_is_down_loses_its_alias_later(company: Company) -> None:
+    """The refusal holds at once; `candidate` goes at the first look after MLflow is back."""
+    night_id = await company.examined()
+    down = Registry(MlflowSettings(url=NOWHERE, timeout_seconds=1))
+    without = replace(company.clients, registry=down)
+    await promotion.refuse(without, company.project, night_id, by="ada", why="odd tone")
+    assert (await company.night(night_id)).state == NightState.REFUSED
+    assert await company.registry_aliases() == {"production": 1, "candidate": 2}
+    await company.poll()
+    assert await company.registry_aliases() == {"production": 1}
+
+
+async def test_a_waiting_night_whose_folder_is_gone_fails_with_the_cure(company: Company) -> None:
+    """Somebody tidied up: nothing is promoted, what serves stays, and the reason names the folder."""
+    night_id = await company.examined()
+    shutil.rmtree(company.data_dir / "nights" / night_id)
+    assert await company.promote(night_id) == NightState.FAILED
+    night = await company.night(night_id)
+    assert night_id in (night.reason or "")
+    assert "backup" in (night.hint or "")
+    assert (await company.serving()).current == company.name(1)
 
 
 async def test_while_a_promotion_runs_aliases_ask_for_nothing(company: Company) -> None:

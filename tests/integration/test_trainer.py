@@ -19,9 +19,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from loop.executors import ChildCrashed, ChildFailed, ChildNotStarted, LocalExecutor
+from loop.trainers import peft as peft_backend
+from loop.trainers import served_base
+from loop.trainers.served_base import unquantise
+from loop.trainers.sft_loop import compute_dtype
 from loop.trainers.spec import Progress, TrainResult, TrainSpec, read_result, write_spec
 
 pytestmark = pytest.mark.slow
@@ -54,7 +58,10 @@ def _prepare(folder: Path, base_dir: Path, rows: list[dict[str, Any]] | None = N
         "data_dir": folder,
         "out_dir": folder,
         "lora": {"rank": 4, "alpha": 8},
-        "schedule": {"learning_rate": 2e-3, "max_steps": 8, "batch_size": 6, "epochs": 100, "save_steps": 2},
+        "schedule": {
+            **{"learning_rate": 2e-3, "max_steps": 8, "batch_size": 6, "epochs": 100, "save_steps": 2},
+            "finish_share": 0.5,
+        },
     }
     spec = TrainSpec.model_validate(fields | changed)
     write_spec(spec, folder / "spec.json")
@@ -192,6 +199,32 @@ async def test_a_killed_trainer_goes_on_from_its_checkpoint_to_the_same_adapter(
     assert first is not None
     assert second is not None
     assert first.adapter_files == second.adapter_files
+    assert first.unquantised_steps == second.unquantised_steps == 4
+
+
+async def test_the_finish_is_on_the_base_that_is_served(tiny_dir: Path, tmp_path: Path) -> None:
+    """Adapter off, the exchanged model gives the unquantised base's very logits; quantised, it did not."""
+    spec = _prepare(tmp_path, tiny_dir)
+    model = peft_backend.load(spec, longest=32)
+    served = LlamaForCausalLM.from_pretrained(tiny_dir, dtype=compute_dtype(), attn_implementation="eager")
+    tokens = torch.tensor([[1, 504, 216, 30, 2, 7, 99]])
+    with torch.no_grad(), model.disable_adapter():
+        wanted = served(input_ids=tokens).logits
+        assert not torch.equal(model(input_ids=tokens).logits, wanted)
+        assert unquantise(model, tiny_dir, compute_dtype()) == 2 * 7
+        assert torch.equal(model(input_ids=tokens).logits, wanted)
+    assert unquantise(model, tiny_dir, compute_dtype()) == 0
+
+
+async def test_where_the_served_base_does_not_fit_nothing_is_exchanged(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes on the quantised base, and the result says so."""
+    model = peft_backend.load(_prepare(tmp_path, tiny_dir), longest=32)
+    monkeypatch.setattr(served_base, "_free_bytes", lambda device: 1000)
+    finish = served_base.FinishOnServedBase(model, tiny_dir, compute_dtype(), first_step=4, total=8)
+    finish.on_step_begin(None, TrainerState(global_step=4), None)
+    assert finish.steps == 0
 
 
 async def test_a_trainer_dies_with_its_killed_parent(tiny_dir: Path, tmp_path: Path) -> None:
