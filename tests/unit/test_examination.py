@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,25 @@ async def test_the_time_of_an_answer_is_measured_for_each_model(tmp_path: Path) 
         assert all(0.02 <= value < 2 for value in seconds.values())
         assert len(set(asked(fake).values())) == 1
         assert await exam.seconds_an_answer({}) == {}
+
+
+async def test_other_load_on_the_machine_does_not_make_a_candidate_slow(tmp_path: Path) -> None:
+    """Its first answers are held up by something else: it is timed again. One that is always slow stays slow."""
+    for held_up, slow in ((6, False), (1000, True)):
+        calls: Counter[str] = Counter()
+
+        def answer(model: str, prompt: str, calls: Counter[str] = calls, held_up: int = held_up) -> str:
+            calls[model] += 1
+            if model == CANDIDATE.name and calls[model] <= held_up:
+                time.sleep(0.1)
+            return "right"
+
+        async with FakeVllm(answer=answer) as fake:
+            await serve(fake, tmp_path / str(held_up))
+            exam = examiner(fake, tmp_path, Models(BASE, CURRENT, CANDIDATE))
+            seconds = await exam.seconds_an_answer({"good_answers": items(5)})
+        assert (seconds["candidate"] > 0.1) == slow
+        assert calls[CANDIDATE.name] in ((16,) if slow else (11, 16))
 
 
 async def test_a_good_answer_may_be_worded_otherwise(tmp_path: Path) -> None:
