@@ -187,6 +187,15 @@ def keys_revoke(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which bench, or all.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Measure Nightschool against its bars: ratios of two things in one run."""
+    _call("commands.bench:run", name, as_json=as_json)
+
+
+@app.command()
 def demo(
     company: Annotated[Path | None, typer.Option(help="A folder like service/demo_company.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the summary JSON here.")] = None,
