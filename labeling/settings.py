@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -53,6 +54,9 @@ class LabelingSettings(Strict):
     )
     annotations_per_item: int = Field(1, ge=1, le=5, description="How many people must label an item")
     max_open_tasks: int = Field(500, ge=1, le=100_000, description="Tasks kept in Label Studio at a time")
+    embedding_model_dir: Path | None = Field(
+        None, description="Local folder of a sentence-embedding model (BERT family); without one, hashed n-grams"
+    )
     low_rating: float = Field(
         0.5, ge=0, le=1, description="Ratings below enter the queue; those at or above are good answers"
     )
