@@ -21,6 +21,7 @@ from labeling.question_words import (
     CONTRACTIONS,
     LEADING,
     MOVABLE,
+    REQUESTING,
     TRAILING,
     WITHOUT_ACCENT,
 )
@@ -33,7 +34,7 @@ THE_FROM = 6  # words: "what is the matrix" is not "what is matrix"
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "…": "."})
 _OUTSIDE = " \t\n.,;:!?\"'«»¿¡"
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-_CODE = re.compile(r"[_\\{}<>=\[\]|`$~^;]|\w\(|\w\.\w+\(|://|\b[a-z]+[A-Z]\w*\(|^\s{2,}\S", re.MULTILINE)
+_CODE = re.compile(r"[_\\{}<>=\[\]|`$~^]|;$|\w\(|\w\.\w+\(|://|\b[a-z]+[A-Z]\w*\(|^\s{2,}\S", re.MULTILINE)
 _SENTENCE_END = (".", "?", "!", ":", ";")
 
 
@@ -43,6 +44,7 @@ class Token:
 
     text: str
     plain: bool
+    pause: bool = False  # punctuation behind it
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,13 @@ def _tokens(text: str) -> list[Token]:
     starts_sentence = True
     for chunk in text.split():
         written = _without_punctuation(chunk)
-        if exact and written:
-            found.append(Token(written, False))
-        elif written:
-            found += _read(written, starts_sentence, shouted)
+        read = [Token(written, False)] if exact else _read(written, starts_sentence, shouted)
+        if written:
+            found += [*read[:-1], replace(read[-1], pause=not chunk.endswith(written))]
+        elif found:
+            found[-1] = replace(found[-1], pause=True)
         starts_sentence = chunk.endswith(_SENTENCE_END)
-    return found if '"' not in text else [Token(token.text, False) for token in found]
+    return found if '"' not in text else [replace(token, plain=False) for token in found]
 
 
 def _without_punctuation(chunk: str) -> str:
@@ -162,18 +165,28 @@ def _read(core: str, starts_sentence: bool, shouted: bool) -> list[Token]:
 def _unwrapped(tokens: list[Token]) -> list[Token]:
     while len(tokens) > 1:
         line = " ".join(token.text for token in tokens)
-        if (lead := LEADING.match(line)) is not None:
+        lead, tail = LEADING.match(line), TRAILING.search(line)
+        if lead is not None and _addresses(lead, tokens):
             tokens = tokens[lead[0].count(" ") :]
-        elif (tail := TRAILING.search(line)) is not None and _says_thanks(tokens, tail[0].count(" ")):
+        elif tail is not None and _closes(tail, tokens):
             tokens = tokens[: -tail[0].count(" ")]
         else:
             break
     return tokens
 
 
-def _says_thanks(tokens: list[Token], words: int) -> bool:
-    before = tokens[-words - 1 : -words]
-    return bool(before) and before[0].text not in ABOUT_WORDS
+def _addresses(lead: re.Match[str], tokens: list[Token]) -> bool:
+    """Not "hey jude": a greeting ends with a mark, or with how a request begins."""
+    words = lead[0].count(" ")
+    return lead["greeting"] is None or tokens[words - 1].pause or tokens[words].text in ASKING | REQUESTING
+
+
+def _closes(tail: re.Match[str], tokens: list[Token]) -> bool:
+    """Not "a card that says thank you"."""
+    before = tokens[-tail[0].count(" ") - 1 : -tail[0].count(" ")]
+    if not before or (before[0].text in ABOUT_WORDS and not (before[0].pause and before[0].text in MOVABLE)):
+        return False
+    return tail["thanks"] is None or before[0].pause
 
 
 def _without_the(tokens: list[Token]) -> list[Token]:

@@ -114,7 +114,7 @@ _NOT_LATER = "|".join(sorted(ASKING - {"when", "quand", "cuándo", "quando", "wa
 _ANY_ASKING = "|".join(sorted(ASKING))
 _BEFORE = "(?:(?:in|at|on|to|from|for|by|with|of|auf|mit|von|für|bei|à|de|en|da|di) )?"
 LEADING = re.compile(
-    rf"(?:(?:{_GREETING})(?: (?:{_TITLE}))?(?= )|(?:{_REMARK})(?= )|(?:{_POLITE})(?= )"
+    rf"(?:(?P<greeting>(?:{_GREETING})(?: (?:{_TITLE}))?(?= ))|(?:{_REMARK})(?= )|(?:{_POLITE})(?= )"
     rf"|(?:can|could|would|will) you (?:please|kindly|plz|pls)(?= )"
     rf"|(?:{_TELL_ME})(?= {_BEFORE}(?:{_ANY_ASKING}) )|(?:{_TELL_ME_NOW})(?= {_BEFORE}(?:{_NOT_LATER}) )) "
 )
@@ -125,7 +125,11 @@ _THANKS = (
     "|obrigad[oa]"
     "|(?:alvast )?bedankt|dank (?:je|u)(?: wel)?"
 )
-TRAILING = re.compile(rf" (?:{_THANKS}|{_POLITE})$")
+TRAILING = re.compile(rf" (?:(?P<thanks>{_THANKS})|{_POLITE})$")
+REQUESTING = _words(
+    "i can could would will do does is are my please we ich kann können könnten bitte je pouvez-vous puedo puedes "
+    "puede me quiero necesito posso può puoi vorrei ik kunt kan eu pode quero preciso"
+)
 # Before a polite word at the end these show that the word itself is asked about.
 ABOUT_WORDS = _words(
     "say says said saying mean means word words spell translate pronounce write as is or and of the a "

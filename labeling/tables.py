@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, Column, Index, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from labeling.database import UtcDateTime, enum_column, new_id, now
@@ -108,12 +108,17 @@ class Feedback(SQLModel, table=True):
 
 
 class ReviewItem(SQLModel, table=True):
-    """One distinct problem: all members share the normalised prompt. `answer` is the newest flagged one."""
+    """One distinct problem. `messages` is its first wording, `answer` the newest flagged answer to that wording."""
 
     __tablename__ = "review_items"
-    __table_args__ = (UniqueConstraint("project", "prompt_digest", "round"),)
+    __table_args__ = (
+        UniqueConstraint("project", "prompt_digest", "round"),
+        Index("ix_review_items_project", "project", "id"),
+        # The next tasks, and how many are open, without reading the others.
+        Index("ix_review_items_queue", "project", "state", text("score DESC"), "created_at", "id"),
+    )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("it"))
-    project: str = Field(index=True)
+    project: str
     prompt_digest: str
     round: int = 1  # a problem flagged again after its label was trained opens the next round
     messages: list[dict[str, Any]] = Field(sa_column=_json())
@@ -138,6 +143,47 @@ class ItemMember(SQLModel, table=True):
     feedback_id: str = Field(primary_key=True, foreign_key="feedback.id")
     item_id: str = Field(foreign_key="review_items.id", index=True)
     exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+
+
+class ItemWording(SQLModel, table=True):
+    """Which item a prompt belongs to where wordings fold: `item_digest` is the item's own prompt, the first wording."""
+
+    __tablename__ = "item_wordings"
+    __table_args__ = (Index("ix_item_wordings_near", "project", "near_key"),)
+    project: str = Field(primary_key=True)
+    prompt_digest: str = Field(primary_key=True)
+    item_digest: str = Field(index=True)
+    near_key: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))  # QuestionForm.key
+
+
+class WordingVector(SQLModel, table=True):
+    """An item's prompt as a vector of the named embedder (float16), for folding by meaning."""
+
+    __tablename__ = "wording_vectors"
+    __table_args__ = (UniqueConstraint("project", "prompt_digest", "embedder"),)
+    id: int | None = Field(default=None, primary_key=True)
+    project: str
+    prompt_digest: str
+    embedder: str
+    vector: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+
+
+class VectorBand(SQLModel, table=True):
+    """On which side of some random planes a vector lies: close vectors share a band (Charikar, 2002)."""
+
+    __tablename__ = "vector_bands"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+    band: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    vector_id: int = Field(primary_key=True, foreign_key="wording_vectors.id")
+
+
+class FoldProgress(SQLModel, table=True):
+    """How far the items that were there before a kind of folding was switched on are known to it."""
+
+    __tablename__ = "fold_progress"
+    project: str = Field(primary_key=True)
+    kind: str = Field(primary_key=True)
+    item_id: str
 
 
 class Annotation(SQLModel, table=True):

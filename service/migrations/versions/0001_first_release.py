@@ -109,6 +109,41 @@ def upgrade() -> None:
     )
     op.create_index("ix_promotions_project", "promotions", ["project", "at"], unique=False)
     op.create_table(
+        "item_wordings",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("prompt_digest", sa.String(), nullable=False),
+        sa.Column("item_digest", sa.String(), nullable=False),
+        sa.Column("near_key", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("project", "prompt_digest"),
+    )
+    op.create_index("ix_item_wordings_near", "item_wordings", ["project", "near_key"], unique=False)
+    op.create_index(op.f("ix_item_wordings_item_digest"), "item_wordings", ["item_digest"], unique=False)
+    op.create_table(
+        "wording_vectors",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("prompt_digest", sa.String(), nullable=False),
+        sa.Column("embedder", sa.String(), nullable=False),
+        sa.Column("vector", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("project", "prompt_digest", "embedder"),
+    )
+    op.create_table(
+        "vector_bands",
+        sa.Column("band", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("vector_id", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["vector_id"], ["wording_vectors.id"]),
+        sa.PrimaryKeyConstraint("band", "vector_id"),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "fold_progress",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("item_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "kind"),
+    )
+    op.create_table(
         "review_items",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
@@ -130,7 +165,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "prompt_digest", "round"),
     )
-    op.create_index(op.f("ix_review_items_project"), "review_items", ["project"], unique=False)
+    op.create_index("ix_review_items_project", "review_items", ["project", "id"], unique=False)
+    op.create_index(
+        "ix_review_items_queue",
+        "review_items",
+        ["project", "state", sa.text("score DESC"), "created_at", "id"],
+        unique=False,
+    )
     op.create_index(op.f("ix_review_items_task_id"), "review_items", ["task_id"], unique=False)
     op.create_table(
         "serving",
