@@ -1,4 +1,4 @@
-"""Feedback into the review queue: flags of one prompt fold into one item, good ratings become good answers.
+"""Feedback into the review queue: flags of one question fold into one item, good ratings become good answers.
 
 `fold` is run by the worker now and then and by each night's first stage; doing it again changes nothing.
 """
@@ -21,10 +21,11 @@ from sqlmodel.sql.expression import SelectOfScalar
 
 from labeling.database import Database, insert_or_nothing, now
 from labeling.exchanges import link_waiting
+from labeling.folding import Folding
 from labeling.selection import score
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
-from labeling.wording import text_parts
+from labeling.wording import holds_code_block, text_parts
 
 BATCH = 200
 # What a row's own content can raise, on reading it back or on folding it.
@@ -38,6 +39,8 @@ async def fold(database: Database, project: str, settings: LabelingSettings) -> 
     One that can't be folded is left out by name and stops no other.
     """
     folded = 0
+    folding = Folding(project, settings)
+    await folding.learn_older(database)
     while True:
         async with database.write() as session:
             await _one_at_a_time(session, database, project)
@@ -47,40 +50,50 @@ async def fold(database: Database, project: str, settings: LabelingSettings) -> 
         if not waiting:
             return folded
         try:
-            folded += await _fold_these(database, project, waiting, settings)
+            folded += await _fold_these(database, folding, waiting, settings)
         except UNFIT:
             for feedback_id in waiting:
-                folded += await _fold_or_leave_out(database, project, feedback_id, settings)
+                folded += await _fold_or_leave_out(database, folding, feedback_id, settings)
 
 
-async def _fold_or_leave_out(database: Database, project: str, feedback_id: str, settings: LabelingSettings) -> int:
+async def _fold_or_leave_out(database: Database, folding: Folding, feedback_id: str, settings: LabelingSettings) -> int:
     try:
-        return await _fold_these(database, project, [feedback_id], settings)
+        return await _fold_these(database, folding, [feedback_id], settings)
     except UNFIT as error:
-        log.exception("feedback_left_out", project=project, feedback=feedback_id, reason=type(error).__name__)
+        log.exception("feedback_left_out", project=folding.project, feedback=feedback_id, reason=type(error).__name__)
         async with database.write() as session:
             await session.execute(update(Feedback).where(col(Feedback.id) == feedback_id).values(folded_at=now()))
         return 0
 
 
-async def _fold_these(database: Database, project: str, feedback_ids: Sequence[str], settings: LabelingSettings) -> int:
+async def _fold_these(
+    database: Database, folding: Folding, feedback_ids: Sequence[str], settings: LabelingSettings
+) -> int:
     """How many: another process may have folded some of them meanwhile."""
+    if folding.on:
+        async with database.read() as session:
+            cases = [_case(feedback, exchange) for feedback, exchange in await _rows(session, feedback_ids)]
+        await folding.read({case.digest: case.messages for case in cases})
     async with database.write() as session:
-        await _one_at_a_time(session, database, project)
-        rows = (
-            select(Feedback, Exchange)
-            .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
-            .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
-            .order_by(col(Feedback.created_at), col(Feedback.id))
-        )
-        found = (await session.execute(rows)).all()
+        await _one_at_a_time(session, database, folding.project)
+        found = await _rows(session, feedback_ids)
         for feedback, exchange in found:
-            await _fold_one(session, feedback, exchange, settings)
+            await _fold_one(session, folding, feedback, exchange, settings)
         return len(found)
 
 
+async def _rows(session: AsyncSession, feedback_ids: Sequence[str]) -> list[tuple[Feedback, Exchange | None]]:
+    rows = (
+        select(Feedback, Exchange)
+        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+        .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
+        .order_by(col(Feedback.created_at), col(Feedback.id))
+    )
+    return [(feedback, exchange) for feedback, exchange in await session.execute(rows)]
+
+
 def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
-    """Of role and content of every message, in NFKC, casefolded, with white space collapsed."""
+    """Of role and content of every message, in NFKC, casefolded, white space collapsed; blocks of code verbatim."""
     lines = [f"{_normal(message.get('role'))}\n{_normal(message.get('content'))}" for message in messages]
     return "sha256:" + hashlib.sha256("\n\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -89,6 +102,8 @@ def _normal(content: Any) -> str:
     if (parts := text_parts(content)) is not None:
         content = " ".join(parts)
     plain = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    if holds_code_block(plain):
+        return unicodedata.normalize("NFC", plain).strip()
     return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
 
 
@@ -141,17 +156,21 @@ async def _unfolded(session: AsyncSession, project: str) -> list[str]:
 
 
 async def _fold_one(
-    session: AsyncSession, feedback: Feedback, exchange: Exchange | None, settings: LabelingSettings
+    session: AsyncSession,
+    folding: Folding,
+    feedback: Feedback,
+    exchange: Exchange | None,
+    settings: LabelingSettings,
 ) -> None:
     case = _case(feedback, exchange)
     feedback.folded_at = now()
     if feedback.kind is FeedbackKind.COMMENT:
-        await _attach_comment(session, case)
+        await _attach_comment(session, folding, case)
         return
     if feedback.kind is FeedbackKind.RATING and float(feedback.value) >= settings.low_rating:
         await _keep_good_answer(session, case)
         return
-    item = await _item(session, case, settings.held_out_share)
+    item = await _item(session, folding, case, settings.held_out_share)
     _add(item, case)
     exchange_id = exchange.id if exchange else None
     await session.flush()
@@ -169,9 +188,10 @@ def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
     return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
 
 
-async def _attach_comment(session: AsyncSession, case: _Case) -> None:
+async def _attach_comment(session: AsyncSession, folding: Folding, case: _Case) -> None:
     """A comment alone makes nothing a problem; where the prompt is one already, its labeller reads it."""
-    item = (await session.execute(_rounds(case))).scalar_one_or_none()
+    digest = await folding.known(session, case.digest)
+    item = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if item is not None:
         exchange_id = case.exchange.id if case.exchange else None
         session.add(ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id))
@@ -190,29 +210,33 @@ async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
     await session.execute(insert_or_nothing(session, row))
 
 
-async def _item(session: AsyncSession, case: _Case, held_out_share: float) -> ReviewItem:
-    latest = (await session.execute(_rounds(case))).scalar_one_or_none()
+async def _item(session: AsyncSession, folding: Folding, case: _Case, held_out_share: float) -> ReviewItem:
+    digest = await folding.place(session, case.digest)
+    latest = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if latest is not None and not await _recurred(session, latest, case):
         return latest
+    if digest != case.digest:
+        # The label of the other wording did not cure this one: what it teaches is worth a label of its own.
+        await folding.stand_alone(session, case.digest)
     seed = case.exchange.id if case.exchange else case.digest
     item = ReviewItem(
         project=case.feedback.project,
         prompt_digest=case.digest,
-        round=latest.round + 1 if latest else 1,
+        round=latest.round + 1 if latest and digest == case.digest else 1,
         messages=case.messages,
         answer=case.answer,
-        # A prompt once held out stays so: it must never be trained on.
+        # A prompt once held out stays so: it must never be trained on, nor another wording of it.
         held_out=latest.held_out if latest else is_held_out(seed, held_out_share),
     )
     session.add(item)
     return item
 
 
-def _rounds(case: _Case) -> SelectOfScalar[ReviewItem]:
+def _rounds(project: str, digest: str) -> SelectOfScalar[ReviewItem]:
     """The newest item of this prompt."""
     return (
         select(ReviewItem)
-        .where(col(ReviewItem.project) == case.feedback.project, col(ReviewItem.prompt_digest) == case.digest)
+        .where(col(ReviewItem.project) == project, col(ReviewItem.prompt_digest) == digest)
         .order_by(col(ReviewItem.round).desc())
         .limit(1)
         .with_for_update()
@@ -238,6 +262,10 @@ def _add(item: ReviewItem, case: _Case) -> None:
         *item.reasons,
         *(reason for reason in dict.fromkeys(feedback.reasons) if reason not in item.reasons),
     ]
-    if item.state is ItemState.OPEN:
+    if item.state is not ItemState.OPEN:
+        return
+    if case.digest == item.prompt_digest:
         item.answer, item.served = case.answer, case.served
         item.prefilled = case.prefilled or item.prefilled
+    else:  # said of another wording: the answer shown belongs to the prompt shown
+        item.prefilled = item.prefilled or case.prefilled

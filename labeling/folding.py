@@ -1,13 +1,13 @@
-"""Into which review item a prompt folds: at level `near` and `meaning` several wordings of one question are one item.
+"""Into which review item a prompt folds: at level `near`, several wordings of one question are one item.
 
 A new wording is compared with the few that an indexed key proposes, never with all: the cost of one more does not grow
-with the queue. It is compared with items' first wordings only, so that no chain of small steps leads elsewhere.
+with the queue. It is compared with items' own prompts only, so that no chain of small steps leads elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,133 +17,123 @@ from sqlmodel import col, select
 
 from labeling import lexicon
 from labeling.database import Database, insert_or_nothing
-from labeling.embeddings import Embedder, Vectors, embedder
-from labeling.meaning import MeaningIndex, asked
 from labeling.question_form import QuestionForm, question_form
 from labeling.same_question import same_form
 from labeling.settings import LabelingSettings
 from labeling.tables import FoldProgress, ItemWording, ReviewItem
 
-PROPOSED_AT_MOST = 32
-OLDER_AT_ONCE = 200  # items a call that were there before this level was switched on
-NEAR = "near-1"  # with another number, keys are made again
-
 Messages = Sequence[dict[str, Any]]
+PROPOSED_AT_MOST = 16
+OLDER_AT_ONCE = 200  # items in a transaction
+OLDER_A_CALL = 2_000
+NEAR = "near 1"  # another number makes the keys of all items again
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What folding knows of a prompt before it looks into the database."""
+    """What is known of a prompt before the database is asked; `form` is None where only identical ones fold."""
 
     digest: str
     form: QuestionForm | None
-    vector: Vectors | None = None
 
 
 class Folding:
-    """One project's, by its settings. At level `identical` nothing is looked up and nothing is kept."""
+    """One project's, for one run of `fold`. At level `identical` nothing is looked up and nothing is kept."""
 
     def __init__(self, project: str, settings: LabelingSettings) -> None:
         self.project = project
         self.on = settings.fold != "identical"
-        self._model_dir = settings.embedding_model_dir if settings.fold == "meaning" else None
-        self._similarity = settings.fold_similarity
-        self._meaning: MeaningIndex | None = None
-        self._read: dict[str, Prompt] = {}
+        self._prompts: dict[str, Prompt] = {}
 
-    async def read(self, prompts: dict[str, Messages]) -> None:
-        """Takes prompts (by digest) apart, outside any transaction and off the event loop."""
-        if self.on and prompts:
-            self._read = {prompt.digest: prompt for prompt in await asyncio.to_thread(self._prompts, prompts)}
+    async def read(self, prompts: Mapping[str, Messages]) -> None:
+        """Takes prompts, by digest, apart: outside of any transaction and beside the event loop."""
+        if self.on:
+            self._prompts = await asyncio.to_thread(self._read, prompts)
 
-    def _prompts(self, prompts: dict[str, Messages]) -> list[Prompt]:
+    def _read(self, prompts: Mapping[str, Messages]) -> dict[str, Prompt]:
         lexicon.load()
-        forms = {digest: question_form(messages) for digest, messages in prompts.items()}
-        readable = [digest for digest, form in forms.items() if form is not None]
-        vectors: dict[str, Vectors] = {}
-        if self._model_dir is not None:
-            model = self._loaded(embedder(self._model_dir))
-            found = model.embed([asked(prompts[digest]) for digest in readable])
-            vectors = dict(zip(readable, found, strict=True))
-        return [Prompt(digest, form, vectors.get(digest)) for digest, form in forms.items()]
-
-    def _loaded(self, model: Embedder) -> Embedder:
-        if self._meaning is None:
-            self._meaning = MeaningIndex(self.project, model.name, model.dimensions, self._similarity)
-        return model
+        return {digest: Prompt(digest, question_form(messages)) for digest, messages in prompts.items()}
 
     async def known(self, session: AsyncSession, digest: str) -> str:
-        """The digest of the item that this wording belongs to; its own when nothing is known of it."""
-        if not self.on:
-            return digest
-        row = await session.get(ItemWording, (self.project, digest))
-        return row.item_digest if row is not None else digest
+        """The digest under which this wording's item stands; its own when nothing is known of it."""
+        row = await session.get(ItemWording, (self.project, digest)) if self.on else None
+        return digest if row is None else row.item_digest
 
     async def place(self, session: AsyncSession, digest: str) -> str:
-        """As `known`; a wording that is new here is placed, for good, with the item that asks the same."""
+        """As `known`; a wording that is new here gets its place, for good, beside one that asks the same."""
         if not self.on:
             return digest
         row = await session.get(ItemWording, (self.project, digest))
         if row is not None:
             return row.item_digest
-        prompt = self._read.get(digest, Prompt(digest, None))
-        target = await self._same(session, prompt)
-        await self._remember(session, prompt, target or digest)
-        return target or digest
+        prompt = self._prompts.get(digest) or Prompt(digest, None)
+        target = digest if await self._has_item(session, digest) else await self._same(session, prompt) or digest
+        await session.execute(insert_or_nothing(session, self._row(prompt, target)))
+        return target
 
     async def stand_alone(self, session: AsyncSession, digest: str) -> None:
         """From now on this wording has an item of its own."""
         mine = (col(ItemWording.project) == self.project) & (col(ItemWording.prompt_digest) == digest)
         await session.execute(update(ItemWording).where(mine).values(item_digest=digest))
 
+    async def learn_older(self, database: Database) -> None:
+        """Makes items known that came before this level was switched on, `OLDER_A_CALL` of them."""
+        for _ in range(OLDER_A_CALL // OLDER_AT_ONCE if self.on else 0):
+            async with database.read() as session:
+                items = await self._older(session)
+                known = await self._known_of(session, [item.prompt_digest for item in items])
+            if not items:
+                return
+            await self.read({item.prompt_digest: item.messages for item in items if item.prompt_digest not in known})
+            async with database.write() as session:
+                if self._prompts:
+                    rows = [self._row(prompt, prompt.digest) for prompt in self._prompts.values()]
+                    await session.execute(insert_or_nothing(session, *rows))
+                await session.merge(FoldProgress(project=self.project, kind=NEAR, item_id=items[-1].id))
+
+    async def _known_of(self, session: AsyncSession, digests: Sequence[str]) -> set[str]:
+        mine = (col(ItemWording.project) == self.project) & col(ItemWording.prompt_digest).in_(digests)
+        return set((await session.execute(select(ItemWording.prompt_digest).where(mine))).scalars())
+
+    async def _older(self, session: AsyncSession) -> list[ReviewItem]:
+        done = await session.get(FoldProgress, (self.project, NEAR))
+        items = (
+            select(ReviewItem)
+            .where(col(ReviewItem.project) == self.project, col(ReviewItem.id) > (done.item_id if done else ""))
+            .order_by(col(ReviewItem.id))
+            .limit(OLDER_AT_ONCE)
+        )
+        return list((await session.execute(items)).scalars())
+
+    async def _has_item(self, session: AsyncSession, digest: str) -> bool:
+        mine = (col(ReviewItem.project) == self.project) & (col(ReviewItem.prompt_digest) == digest)
+        return (await session.execute(select(ReviewItem.id).where(mine).limit(1))).first() is not None
+
     async def _same(self, session: AsyncSession, prompt: Prompt) -> str | None:
         if prompt.form is None:
             return None
-        near = (
-            select(ReviewItem.prompt_digest, ReviewItem.messages)
-            .join(
-                ItemWording,
-                (col(ItemWording.project) == col(ReviewItem.project))
-                & (col(ItemWording.item_digest) == col(ReviewItem.prompt_digest)),
-            )
-            .where(
-                col(ItemWording.project) == self.project,
-                col(ItemWording.near_key) == prompt.form.key,
-                col(ReviewItem.round) == 1,
-            )
-            .limit(PROPOSED_AT_MOST)
-        )
-        for digest, messages in await session.execute(near):
+        for digest, messages in await session.execute(self._proposed(prompt.form.key)):
             form = question_form(messages)
             if form is not None and same_form(prompt.form, form):
                 return str(digest)
-        if self._meaning is None or prompt.vector is None:
-            return None
-        return await self._meaning.same(session, prompt.form, prompt.vector)
+        return None
 
-    async def _remember(self, session: AsyncSession, prompt: Prompt, item_digest: str) -> None:
-        key = prompt.form.key if prompt.form is not None else None
-        row = ItemWording(
-            project=self.project, prompt_digest=prompt.digest, item_digest=item_digest, near_key=key
+    def _proposed(self, key: int) -> Any:
+        """Items whose own prompt has this key: a handful, and one mostly."""
+        own = col(ItemWording.item_digest) == col(ItemWording.prompt_digest)
+        first = (
+            (col(ReviewItem.project) == col(ItemWording.project))
+            & (col(ReviewItem.prompt_digest) == col(ItemWording.prompt_digest))
+            & (col(ReviewItem.round) == 1)
         )
-        await session.execute(insert_or_nothing(session, row))
-        if self._meaning is not None and prompt.vector is not None and prompt.form is not None and item_digest == prompt.digest:
-            await self._meaning.add(session, prompt.digest, prompt.form, prompt.vector)
+        return (
+            select(col(ReviewItem.prompt_digest), col(ReviewItem.messages))
+            .join(ItemWording, first)
+            .where(col(ItemWording.project) == self.project, col(ItemWording.near_key) == key, own)
+            .order_by(col(ReviewItem.id))
+            .limit(PROPOSED_AT_MOST)
+        )
 
-    async def learn_older(self, database: Database) -> None:
-        """Makes items known that came before this level was switched on, some at a time."""
-        if not self.on:
-            return
-        async with database.read() as session:
-            items = await self._older(session)
-        if not items:
-            return
-        await self.read({item.prompt_digest: item.messages for item in items})
-        async with database.write() as session:
-            for prompt in self._read.values():
-                await self._remember(session, prompt, prompt.digest)
-            await session.merge(FoldProgress(project=self.project, kind=self._kind, item_id=items[-1].id))
-
-    @property
-    def _kind(self) -> str:
-        return NEAR if self._meaning is None else f"{NEAR} {self._meaning.embedder}"
+    def _row(self, prompt: Prompt, item_digest: str) -> ItemWording:
+        key = prompt.form.key if prompt.form else None
+        return ItemWording(project=self.project, prompt_digest=prompt.digest, item_digest=item_digest, near_key=key)

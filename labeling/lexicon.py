@@ -14,6 +14,11 @@ LANGUAGES = ("en", "de", "es", "fr", "it", "pt", "nl")
 COMMON = 200  # occurrences: the rarest words of the lists may be misspellings that were overlooked
 
 
+def load() -> None:
+    """Takes a second, once a process: not to be spent on the event loop."""
+    _lists()
+
+
 @lru_cache(maxsize=10_000)
 def is_common(word: str) -> bool:
     return any(f"\n{word}\n" in common for common, _ in _lists())

@@ -25,7 +25,7 @@ from labeling.question_words import (
     TRAILING,
     WITHOUT_ACCENT,
 )
-from labeling.wording import text_parts
+from labeling.wording import holds_code_block, text_parts
 
 LONGEST = 20_000  # characters; a longer prompt folds with identical ones only
 SHORTEST_MISSPELT = 5  # letters: in shorter words one changed letter is mostly another word
@@ -35,6 +35,7 @@ _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”
 _OUTSIDE = " \t\n.,;:!?\"'«»¿¡"
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _CODE = re.compile(r"[_\\{}<>=\[\]|`$~^]|;$|\w\(|\w\.\w+\(|://|\b[a-z]+[A-Z]\w*\(|^\s{2,}\S", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"[\[<{][A-Z][A-Z0-9_ ]*[\]>}]")
 _SENTENCE_END = (".", "?", "!", ":", ";")
 
 
@@ -75,6 +76,11 @@ def question_form(messages: Sequence[dict[str, Any]]) -> QuestionForm | None:
     return _taken_apart(hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest(), texts[-1] or "")
 
 
+def looks_like_code(text: str) -> bool:
+    """Where it does, every sign and upper case count. Placeholders such as [EMAIL_1] do not."""
+    return _CODE.search(_PLACEHOLDER.sub("", text)) is not None
+
+
 def skeleton(word: str) -> str:
     """Equal for a word and its likely misspellings: accents, doubled and swapped letters inside are forgotten."""
     if len(word) < SHORTEST_MISSPELT:
@@ -103,7 +109,7 @@ def _collapsed(text: str) -> str:
 
 
 def _taken_apart(context: str, text: str) -> QuestionForm | None:
-    if "```" in text or "\t" in text:  # code and tables: white space and case count
+    if holds_code_block(text):
         return None
     words = _tokens(unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY))
     if any(token.text in ABOUT_SPELLING for token in words):
@@ -122,13 +128,12 @@ def _taken_apart(context: str, text: str) -> QuestionForm | None:
 def _tokens(text: str) -> list[Token]:
     letters = [char for char in text if char.isalpha()]
     shouted = sum(char.isupper() for char in letters) > len(letters) / 2
-    exact = bool(_CODE.search(text))
+    exact = looks_like_code(text)
     found: list[Token] = []
     starts_sentence = True
     for chunk in text.split():
-        written = _without_punctuation(chunk)
-        read = [Token(written, False)] if exact else _read(written, starts_sentence, shouted)
-        if written:
+        if written := _without_punctuation(chunk):
+            read = [Token(written, False)] if exact else _read(written, starts_sentence, shouted)
             found += [*read[:-1], replace(read[-1], pause=not chunk.endswith(written))]
         elif found:
             found[-1] = replace(found[-1], pause=True)
@@ -152,12 +157,12 @@ def _without_punctuation(chunk: str) -> str:
 def _read(core: str, starts_sentence: bool, shouted: bool) -> list[Token]:
     """Whatever is more than letters, apostrophe and hyphen counts as it is written: numbers, amounts, paths."""
     if not _PLAIN_WORD.fullmatch(core):
-        return [Token(core.casefold(), False)]
+        return [Token(core if core[0] == "-" else core.casefold(), False)]
     word = core.casefold()
-    if core.isupper() and len(core) > 1 and not shouted and word in ACRONYMS:
+    inside = any(char.isupper() for char in core[1:])  # iPhone, mV, US
+    if inside and not shouted and (word in ACRONYMS or len(core) == 2 or (len(core) < 5 and not core.isupper())):
         return [Token(core, False)]
     named = not starts_sentence and not shouted and core != core.lower()
-    inside = any(char.isupper() for char in core[1:]) and not core.isupper()  # iPhone
     parts = CONTRACTIONS.get(word, (word,))
     return [Token(part, len(parts) == 1 and not named and not inside and word.isalpha()) for part in parts]
 

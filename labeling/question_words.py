@@ -76,14 +76,17 @@ _POLITE = (
 _GREETING = (
     "hi|hello|hey|good (?:morning|afternoon|evening)|greetings|excuse me|dear (?:team|support)|hallo"
     "|guten (?:tag|morgen|abend)"
-    "|moin|entschuldigung|bonjour|bonsoir|salut|hola|buenas|buenos días|buenas tardes|ciao|salve|buongiorno|buonasera"
+    "|moin|entschuldigung|entschuldigen sie|excusez-moi|pardon"
+    "|scusi|scusa|perdona|disculpe|bonjour|bonsoir|salut|hola|buenos días|buenas tardes|buenas noches|buenas"
+    "|ciao|salve|buongiorno|buonasera"
     "|olá|oi|bom dia|boa tarde|boa noite|hoi|goedemorgen|goedemiddag|goedenavond"
 )
 _TITLE = "there|team|all|everyone|everybody|support|zusammen|à tous|a todos|a tutti|allemaal"
 _REMARK = (
     "(?:just )?(?:a )?quick question|i have (?:a|one) (?:quick )?question|(?:my|one) question is"
     "|(?:please )?answer (?:me )?this"
-    "|eine (?:kurze )?frage|ich habe eine frage|une question|j'ai une question|tengo una pregunta|una pregunta"
+    "|(?:eine )?(?:kurze )?frage|ich habe eine frage|(?:une )?(?:petite )?question|j'ai une question|"
+    "tengo una pregunta|una pregunta"
     "|ho una domanda|una domanda|tenho uma pergunta|uma pergunta|ik heb een vraag|een vraag(?:je)?"
 )
 # Only in front of a question word: "tell me a joke" is no wrapper.
@@ -127,7 +130,7 @@ _THANKS = (
 )
 TRAILING = re.compile(rf" (?:(?P<thanks>{_THANKS})|{_POLITE})$")
 REQUESTING = _words(
-    "i can could would will do does is are my please we ich kann können könnten bitte je pouvez-vous puedo puedes "
+    "i can could would my please we ich kann können könnten bitte je pouvez-vous puedo puedes "
     "puede me quiero necesito posso può puoi vorrei ik kunt kan eu pode quero preciso"
 )
 # Before a polite word at the end these show that the word itself is asked about.

@@ -54,11 +54,8 @@ class LabelingSettings(Strict):
     )
     annotations_per_item: int = Field(1, ge=1, le=5, description="How many people must label an item")
     max_open_tasks: int = Field(500, ge=1, le=100_000, description="Tasks kept in Label Studio at a time")
-    fold: Literal["identical", "near", "meaning"] = Field(
-        "identical", description="Which prompts become one review item: docs/folding.md says what each may merge"
-    )
-    fold_similarity: float = Field(
-        0.93, ge=0.8, le=1, description='For "meaning": the least cosine of two prompts; lower merges more, and wrongly'
+    fold: Literal["identical", "near"] = Field(
+        "identical", description="Which prompts become one review item; docs/folding.md says what each level may merge"
     )
     embedding_model_dir: Path | None = Field(
         None, description="Local folder of a sentence-embedding model (BERT family); without one, hashed n-grams"
@@ -70,9 +67,3 @@ class LabelingSettings(Strict):
     sweep_seconds: float = Field(
         600.0, ge=1, le=86_400, description="Between two full comparisons of task and annotation ids"
     )
-
-    @model_validator(mode="after")
-    def _model_for_meaning(self) -> LabelingSettings:
-        if self.fold == "meaning" and self.embedding_model_dir is None:
-            raise ValueError('fold = "meaning" needs embedding_model_dir: hashed n-grams know no meaning')
-        return self

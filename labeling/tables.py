@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, Column, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from labeling.database import UtcDateTime, enum_column, new_id, now
@@ -154,27 +154,6 @@ class ItemWording(SQLModel, table=True):
     prompt_digest: str = Field(primary_key=True)
     item_digest: str = Field(index=True)
     near_key: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))  # QuestionForm.key
-
-
-class WordingVector(SQLModel, table=True):
-    """An item's prompt as a vector of the named embedder (float16), for folding by meaning."""
-
-    __tablename__ = "wording_vectors"
-    __table_args__ = (UniqueConstraint("project", "prompt_digest", "embedder"),)
-    id: int | None = Field(default=None, primary_key=True)
-    project: str
-    prompt_digest: str
-    embedder: str
-    vector: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
-
-
-class VectorBand(SQLModel, table=True):
-    """On which side of some random planes a vector lies: close vectors share a band (Charikar, 2002)."""
-
-    __tablename__ = "vector_bands"
-    __table_args__ = ({"sqlite_with_rowid": False},)
-    band: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
-    vector_id: int = Field(primary_key=True, foreign_key="wording_vectors.id")
 
 
 class FoldProgress(SQLModel, table=True):

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
-from labeling.tables import GoodAnswer, Label, ReviewItem
+from labeling.tables import GoodAnswer, ItemWording, Label, ReviewItem
 from labeling.wording import text_parts
 from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving
@@ -79,12 +79,19 @@ async def _held(session: AsyncSession, project: str) -> set[str]:
 
 
 async def good_answers(session: AsyncSession, project: str, limit: int) -> list[GoodAnswer]:
-    """The newest good answers, less those whose prompt a labeller has corrected since."""
+    """The newest good answers, less those whose prompt, in any wording, a labeller has corrected since."""
     corrected = {label.item_id for label in await labels_ready(session, project)}
     digests = select(ReviewItem.prompt_digest).where(col(ReviewItem.id).in_(corrected))
+    wordings = select(ItemWording.prompt_digest).where(
+        col(ItemWording.project) == project, col(ItemWording.item_digest).in_(digests)
+    )
     rows = await session.execute(
         select(GoodAnswer)
-        .where(col(GoodAnswer.project) == project, col(GoodAnswer.prompt_digest).not_in(digests))
+        .where(
+            col(GoodAnswer.project) == project,
+            col(GoodAnswer.prompt_digest).not_in(digests),
+            col(GoodAnswer.prompt_digest).not_in(wordings),
+        )
         .order_by(col(GoodAnswer.created_at).desc(), col(GoodAnswer.id))
         .limit(limit)
     )

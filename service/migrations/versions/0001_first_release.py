@@ -119,24 +119,6 @@ def upgrade() -> None:
     op.create_index("ix_item_wordings_near", "item_wordings", ["project", "near_key"], unique=False)
     op.create_index(op.f("ix_item_wordings_item_digest"), "item_wordings", ["item_digest"], unique=False)
     op.create_table(
-        "wording_vectors",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("project", sa.String(), nullable=False),
-        sa.Column("prompt_digest", sa.String(), nullable=False),
-        sa.Column("embedder", sa.String(), nullable=False),
-        sa.Column("vector", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("project", "prompt_digest", "embedder"),
-    )
-    op.create_table(
-        "vector_bands",
-        sa.Column("band", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("vector_id", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(["vector_id"], ["wording_vectors.id"]),
-        sa.PrimaryKeyConstraint("band", "vector_id"),
-        sqlite_with_rowid=False,
-    )
-    op.create_table(
         "fold_progress",
         sa.Column("project", sa.String(), nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
@@ -380,6 +362,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("fold_progress")
+    op.drop_index(op.f("ix_item_wordings_item_digest"), table_name="item_wordings")
+    op.drop_index("ix_item_wordings_near", table_name="item_wordings")
+    op.drop_table("item_wordings")
     op.drop_index(op.f("ix_item_members_item_id"), table_name="item_members")
     op.drop_table("item_members")
     op.drop_table("stage_markers")
@@ -400,7 +386,8 @@ def downgrade() -> None:
     op.drop_table("adapters")
     op.drop_table("serving")
     op.drop_index(op.f("ix_review_items_task_id"), table_name="review_items")
-    op.drop_index(op.f("ix_review_items_project"), table_name="review_items")
+    op.drop_index("ix_review_items_queue", table_name="review_items")
+    op.drop_index("ix_review_items_project", table_name="review_items")
     op.drop_table("review_items")
     op.drop_index("ix_promotions_project", table_name="promotions")
     op.drop_table("promotions")
