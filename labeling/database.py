@@ -31,6 +31,13 @@ class DatabaseUnavailable(Unavailable):
     default_hint = "Check that the database is reachable, has room on its disk and is not opened read-only."
 
 
+class TransactionLost(DatabaseUnavailable):
+    """PostgreSQL ended it in favour of another one: nothing of it is stored, and it may be tried again at once."""
+
+    code = "transaction_lost"
+    default_hint = "Try again; should it go on, look at PostgreSQL's log for what locks what."
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """Aware UTC datetimes on both databases; SQLite itself forgets the zone."""
 
@@ -109,6 +116,7 @@ class Database:
 
 # PostgreSQL's classes for a server that is down, full, starting or read-only, and for transactions that lost.
 UNAVAILABLE_STATES = ("08", "28", "3D", "40", "53", "57", "58", "25006")
+LOST_STATES = ("40",)
 
 
 class translated:
@@ -117,11 +125,10 @@ class translated:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if error is not None and _unavailable(error):
-            raise DatabaseUnavailable(
-                f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}"
-            ) from error
+            kind = TransactionLost if _state(error).startswith(LOST_STATES) else DatabaseUnavailable
+            raise kind(f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}") from error
 
 
 def _unavailable(error: BaseException) -> bool:
@@ -130,8 +137,11 @@ def _unavailable(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError):
         return False
-    state = str(getattr(error.orig, "sqlstate", None) or "")
-    return error.connection_invalidated or state.startswith(UNAVAILABLE_STATES)
+    return error.connection_invalidated or _state(error).startswith(UNAVAILABLE_STATES)
+
+
+def _state(error: BaseException) -> str:
+    return str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
+from labeling.answers import answer_text
 from labeling.database import Database, insert_or_nothing, now
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
@@ -131,9 +132,9 @@ class _Case:
         value = self.feedback.value
         match self.feedback.kind:
             case FeedbackKind.CORRECTION:
-                return str(value)
+                return answer_text(value)
             case FeedbackKind.PREFERENCE:
-                return str(value["chosen"])
+                return answer_text(value["chosen"])
         return None
 
 
@@ -184,7 +185,7 @@ def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
     else:
         messages, answer = feedback.messages or [], feedback.answer or ""
     if feedback.kind is FeedbackKind.PREFERENCE:
-        answer = str(feedback.value["rejected"])
+        answer = answer_text(feedback.value["rejected"])
     return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
 
 

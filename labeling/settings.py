@@ -46,6 +46,20 @@ class LabelStudioSettings(Strict):
         return self
 
 
+class MetricSettings(Strict):
+    """How values of one of TensorZero's metrics become ratings of 0..1."""
+
+    low: float = Field(0.0, description="Its lowest value")
+    high: float = Field(1.0, description="Its highest value")
+    optimize: Literal["max", "min"] = Field("max", description="min: low values, or false, are the good ones")
+
+    @model_validator(mode="after")
+    def _a_range(self) -> MetricSettings:
+        if not self.low < self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
 class LabelingSettings(Strict):
     """Per project: how flags become labels."""
 
@@ -64,6 +78,9 @@ class LabelingSettings(Strict):
         0.5, ge=0, le=1, description="Ratings below enter the queue; those at or above are good answers"
     )
     poll_seconds: float = Field(30.0, ge=0.2, le=3600, description="Between two looks at Label Studio")
+    metrics: dict[str, MetricSettings] = Field(
+        default_factory=dict, description="TensorZero's metrics whose range is not 0..1, or whose low values are good"
+    )
     sweep_seconds: float = Field(
         600.0, ge=1, le=86_400, description="Between two full comparisons of task and annotation ids"
     )

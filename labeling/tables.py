@@ -84,6 +84,7 @@ class Feedback(SQLModel, table=True):
     __tablename__ = "feedback"
     __table_args__ = (
         Index("ix_feedback_completion", "project", "completion_id"),
+        Index("ix_feedback_request", "project", "request_id"),
         Index("ix_feedback_unfolded", "project", "folded_at"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
@@ -94,17 +95,25 @@ class Feedback(SQLModel, table=True):
     request_id: str | None = None
     session_id: str | None = None
     choice: int = 0
-    value: Any = Field(default=None, sa_column=_json(nullable=True))
+    value: Any = Field(default=None, sa_column=_json(nullable=True))  # a rating is 0..1 or a truth; answers as given
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
     severity: float = 0.5  # 0..1
     comment: str | None = None
-    reporter: str | None = None
+    reporter: str | None = None  # a pseudonym: labeling.reporters
     tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
     messages: list[dict[str, Any]] | None = Field(default=None, sa_column=_json(nullable=True))
     answer: str | None = None
     key_id: str | None = None
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when it entered the review queue
+
+
+class ReporterSalt(SQLModel, table=True):
+    """What a project's reporters are hashed with: made once, never changed."""
+
+    __tablename__ = "reporter_salts"
+    project: str = Field(primary_key=True)
+    salt: str
 
 
 class ReviewItem(SQLModel, table=True):

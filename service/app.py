@@ -21,18 +21,22 @@ from litestar.types import ControllerRouterHandler
 
 from labeling.database import Database
 from labeling.errors import NightschoolError
+from labeling.reporters import Reporters
 from service.alias_table import AliasTable, Upstream
 from service.auth import KeyRing
 from service.capture import CaptureQueue
+from service.feedback_desk import FeedbackDesk
 from service.gateway import Gateway
 from service.health import Check
-from service.ingest import IngestWriter, forget_answers
+from service.idempotency import forget_answers
+from service.ingest import IngestWriter
 from service.metrics import Metrics
 from service.problems import HANDLERS
 from service.routes.adapters import adapter_routes
 from service.routes.completions import completion_routes
 from service.routes.feedback import feedback_routes
 from service.routes.health import health_routes
+from service.routes.tensorzero import tensorzero_routes
 from service.settings import Settings
 from service.upstream import Replicas
 
@@ -54,6 +58,7 @@ class AppState:
     keys: KeyRing
     capture: CaptureQueue
     ingest: IngestWriter
+    reporters: Reporters
     metrics: Metrics
     checks: Mapping[str, Check] = field(default_factory=dict)
 
@@ -74,6 +79,7 @@ def assemble(
         keys=KeyRing(),
         capture=CaptureQueue(settings.http.capture_queue, metrics),
         ingest=IngestWriter(database, settings.http.ingest_queue, metrics),
+        reporters=Reporters(),
         metrics=metrics,
         checks=checks or {},
     )
@@ -93,10 +99,12 @@ def create_app(
     aliases, keys = state.aliases, state.keys
     replicas = Replicas(aliases, state.metrics, settings.http.upstream_timeout_seconds)
     gateway = Gateway(aliases, replicas, keys, state.capture, state.metrics, settings.http.max_body_bytes)
+    desk = FeedbackDesk(state.ingest, keys, state.reporters, tuple(aliases.projects), settings.http.max_body_bytes)
     engines = {f"vllm {upstream.url}": partial(replicas.check, upstream) for upstream in aliases.upstreams}
     routes: list[ControllerRouterHandler] = [
         *completion_routes(gateway),
-        *feedback_routes(state.database, state.ingest, keys, aliases.projects),
+        *feedback_routes(state.database, desk),
+        *tensorzero_routes(desk, {project.name: project.labeling.metrics for project in settings.projects}),
         *adapter_routes(aliases, keys),
         *health_routes(state.database, engines, state.checks, state.metrics),
         *extra_routes,
@@ -121,6 +129,7 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
     """Loads aliases and keys, runs the writers, and at the end lets them store what was taken in."""
     await state.keys.load(state.database)
     await state.aliases.load(state.database)
+    await state.reporters.load(state.database, state.aliases.projects)
     await replicas.open()
     jobs: list[Coroutine[Any, Any, None]] = [
         state.ingest.run(),

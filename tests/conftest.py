@@ -27,8 +27,8 @@ from labeling.database import Database
 from labeling.settings import LabelStudioSettings
 from loop.settings import EngineSettings
 from service import servers
+from service.bench import postgres
 from service.servers import LabelStudioLogin, Server
-from tests import postgres
 
 # Started in the background of a script, we ignore SIGINT, and so would every child whose end by Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -147,7 +147,7 @@ def postgres_url() -> Iterator[str]:
         if os.environ.get("CI"):
             pytest.fail(str(missing))
         pytest.skip(f"NOT TESTED ON POSTGRESQL: {missing}")
-    url = f"postgresql+asyncpg://tests@{servers.HOST}:{port}/postgres"
+    url = f"postgresql+asyncpg://{postgres.USER}@{servers.HOST}:{port}/postgres"
     try:
         asyncio.run(child.wait_ready(lambda: _accepts(url), START_SECONDS))
         yield url

@@ -126,6 +126,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project", "kind"),
     )
     op.create_table(
+        "reporter_salts",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("salt", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project"),
+    )
+    op.create_table(
         "review_items",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
@@ -254,6 +260,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_feedback_completion", "feedback", ["project", "completion_id"], unique=False)
+    op.create_index("ix_feedback_request", "feedback", ["project", "request_id"], unique=False)
     op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at"], unique=False)
     op.create_table(
         "good_answers",
@@ -377,6 +384,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_good_answers_project"), table_name="good_answers")
     op.drop_table("good_answers")
     op.drop_index("ix_feedback_unfolded", table_name="feedback")
+    op.drop_index("ix_feedback_request", table_name="feedback")
     op.drop_index("ix_feedback_completion", table_name="feedback")
     op.drop_table("feedback")
     op.drop_table("evidence")
@@ -389,6 +397,7 @@ def downgrade() -> None:
     op.drop_index("ix_review_items_queue", table_name="review_items")
     op.drop_index("ix_review_items_project", table_name="review_items")
     op.drop_table("review_items")
+    op.drop_table("reporter_salts")
     op.drop_index("ix_promotions_project", table_name="promotions")
     op.drop_table("promotions")
     op.drop_index(op.f("ix_nights_project"), table_name="nights")
