@@ -8,7 +8,7 @@ from typing import Any
 
 from litestar import Request, Response, get, post
 from litestar.handlers import HTTPRouteHandler
-from litestar.openapi.spec import OpenAPIMediaType, Operation, Parameter, RequestBody, Schema
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, Parameter, RequestBody, Schema
 from litestar.params import FromPath
 from sqlmodel import col, select
 
@@ -51,8 +51,15 @@ class _FeedbackOperation(Operation):
         json = OpenAPIMediaType(schema=_BodySchema())
         self.request_body = RequestBody(content={"application/json": json, "application/x-ndjson": lines})
         self.parameters = [
-            Parameter("dry_run", "query", schema=Schema(type="boolean"), description="Check it, store nothing"),
-            Parameter("Idempotency-Key", "header", schema=Schema(type="string"), description="To send it again safely"),
+            Parameter(
+                "dry_run", "query", schema=Schema(type=OpenAPIType.BOOLEAN), description="Check it, store nothing"
+            ),
+            Parameter(
+                "Idempotency-Key",
+                "header",
+                schema=Schema(type=OpenAPIType.STRING),
+                description="To send it again safely",
+            ),
         ]
 
 
