@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import text, update
+from sqlalchemy import ColumnElement, text, update
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
+from labeling import entry
 from labeling.answers import answer_text
 from labeling.database import Database, insert_or_nothing, now
+from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
-from labeling.selection import score
+from labeling.rescoring import rescore
+from labeling.sampling import sample
+from labeling.selection import chosen, place
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
 from labeling.wording import holds_code_block, text_parts
@@ -39,6 +43,13 @@ async def fold(database: Database, project: str, settings: LabelingSettings) -> 
 
     One that can't be folded is left out by name and stops no other.
     """
+    await sample(database, project, settings.entry)
+    folded = await _fold_all(database, project, settings)
+    await rescore(database, project, settings)
+    return folded
+
+
+async def _fold_all(database: Database, project: str, settings: LabelingSettings) -> int:
     folded = 0
     folding = Folding(project, settings)
     await folding.learn_older(database)
@@ -78,9 +89,7 @@ async def _fold_these(
     async with database.write() as session:
         await _one_at_a_time(session, database, folding.project)
         found = await _rows(session, feedback_ids)
-        for feedback, exchange in found:
-            await _fold_one(session, folding, feedback, exchange, settings)
-        return len(found)
+        return sum([await _fold_one(session, folding, feedback, exchange, settings) for feedback, exchange in found])
 
 
 async def _rows(session: AsyncSession, feedback_ids: Sequence[str]) -> list[tuple[Feedback, Exchange | None]]:
@@ -109,8 +118,7 @@ def _normal(content: Any) -> str:
 
 
 def is_held_out(seed: str, share: float) -> bool:
-    """The same for the same seed, for ever: `share` of all seeds."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) / 2**64 < share
+    return entry.in_share(seed, share)
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,17 @@ async def _one_at_a_time(session: AsyncSession, database: Database, project: str
 
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:
-    """Ids, the oldest first."""
+    """Ids, the oldest first; before all others those that a cap held back until now."""
+    return await _waiting(session, project, col(Feedback.held_until) <= now()) or await _waiting(
+        session, project, col(Feedback.held_until).is_(None)
+    )
+
+
+async def _waiting(session: AsyncSession, project: str, which: ColumnElement[bool]) -> list[str]:
     known = col(Feedback.exchange_id).is_not(None) | col(Feedback.answer).is_not(None)
     waiting = (
         select(Feedback.id)
-        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), known)
+        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), which, known)
         .order_by(col(Feedback.created_at), col(Feedback.id))
         .limit(BATCH)
     )
@@ -162,20 +176,42 @@ async def _fold_one(
     feedback: Feedback,
     exchange: Exchange | None,
     settings: LabelingSettings,
-) -> None:
+) -> bool:
+    """False where a cap holds it back."""
     case = _case(feedback, exchange)
+    goes, rule = entry.way(feedback, settings)
+    if goes is Way.QUEUE:
+        return await _enter(session, folding, case, rule, settings)
     feedback.folded_at = now()
-    if feedback.kind is FeedbackKind.COMMENT:
-        await _attach_comment(session, folding, case)
-        return
-    if feedback.kind is FeedbackKind.RATING and float(feedback.value) >= settings.low_rating:
-        await _keep_good_answer(session, case)
-        return
-    item = await _item(session, folding, case, settings.held_out_share)
+    match goes:
+        case Way.COMMENT:
+            feedback.entry = goes
+            await _attach_comment(session, folding, case)
+        case Way.GOOD_ANSWER:
+            feedback.entry = goes
+            await _keep_good_answer(session, case)
+        case Way.LEFT_OUT:
+            await entry.leave_out(session, feedback, rule)
+    return True
+
+
+async def _enter(session: AsyncSession, folding: Folding, case: _Case, rule: str, settings: LabelingSettings) -> bool:
+    feedback = case.feedback
+    if scope := await entry.full_cap(session, feedback, settings.entry):
+        entry.hold_back(feedback, scope)
+        return False
+    item = await _item(session, folding, case, settings)
+    if scope := await entry.full_cap(session, feedback, settings.entry, item):
+        entry.hold_back(feedback, scope)
+        return False
+    feedback.folded_at = now()
     _add(item, case)
-    exchange_id = exchange.id if exchange else None
+    place(item, settings.selection)
+    exchange_id = case.exchange.id if case.exchange else None
     await session.flush()
     session.add(ItemMember(feedback_id=feedback.id, item_id=item.id, exchange_id=exchange_id))
+    await entry.let_in(session, feedback, rule, settings.entry, item)
+    return True
 
 
 def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
@@ -211,7 +247,7 @@ async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
     await session.execute(insert_or_nothing(session, row))
 
 
-async def _item(session: AsyncSession, folding: Folding, case: _Case, held_out_share: float) -> ReviewItem:
+async def _item(session: AsyncSession, folding: Folding, case: _Case, settings: LabelingSettings) -> ReviewItem:
     digest = await folding.place(session, case.digest)
     latest = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if latest is not None and not await _recurred(session, latest, case):
@@ -227,8 +263,9 @@ async def _item(session: AsyncSession, folding: Folding, case: _Case, held_out_s
         messages=case.messages,
         answer=case.answer,
         # A prompt once held out stays so: it must never be trained on, nor another wording of it.
-        held_out=latest.held_out if latest else is_held_out(seed, held_out_share),
+        held_out=latest.held_out if latest else is_held_out(seed, settings.held_out_share),
     )
+    item.chosen = chosen(item.id, settings.selection)
     session.add(item)
     return item
 
@@ -258,7 +295,6 @@ def _add(item: ReviewItem, case: _Case) -> None:
     feedback = case.feedback
     item.count += 1
     item.severity = max(item.severity, feedback.severity) if item.count > 1 else feedback.severity
-    item.score = score(item.severity, item.count)
     item.reasons = [
         *item.reasons,
         *(reason for reason in dict.fromkeys(feedback.reasons) if reason not in item.reasons),
@@ -266,6 +302,8 @@ def _add(item: ReviewItem, case: _Case) -> None:
     if item.state is not ItemState.OPEN:
         return
     if case.digest == item.prompt_digest:
+        if case.answer != item.answer:
+            item.uncertainty, item.uncertainty_tries = None, 0
         item.answer, item.served = case.answer, case.served
         item.prefilled = case.prefilled or item.prefilled
     else:  # said of another wording: the answer shown belongs to the prompt shown

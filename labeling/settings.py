@@ -60,6 +60,59 @@ class MetricSettings(Strict):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=4)]
+PerDay = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class EntrySettings(Strict):
+    """[projects.labeling.entry]: which traffic enters the review queue, and how much of it a day (UTC)."""
+
+    flags: Share = Field(1.0, description="Share of flags that enter, by hash")
+    corrections: Share = Field(1.0, description="Share of corrections and preferences that enter, by hash")
+    low_ratings: Share = Field(1.0, description="Share of ratings below `low_rating` that enter, by hash")
+    everything: Share = Field(0.0, description="Share of all captured exchanges that enter, said of or not, by hash")
+    low_log_probability: float | None = Field(
+        None,
+        le=0,
+        ge=-100,
+        description="Captured answers whose mean log-probability a token (nats) is below this enter; empty = none",
+    )
+    low_log_probability_share: Share = Field(
+        0.05, description="Share of captured exchanges that are looked at for it, by hash: each costs one request"
+    )
+    tags: dict[str, str] = Field(
+        default_factory=dict, description='Feedback with one of these tags enters whatever it says; "*" = any value'
+    )
+    leave_out_tags: dict[str, str] = Field(
+        default_factory=dict, description='Feedback with one of these tags never enters; "*" = any value'
+    )
+    reporter_per_day: PerDay | None = Field(500, description="Feedback of one reporter a day that enters; more waits")
+    key_per_day: PerDay | None = Field(None, description="Feedback by one API key a day that enters; more waits")
+    item_per_day: PerDay | None = Field(None, description="Feedback a day that counts for one review item; more waits")
+    project_per_day: PerDay | None = Field(None, description="Feedback a day that enters in all; more waits")
+
+
+class SelectionSettings(Strict):
+    """[projects.labeling.selection]: which item a labeller sees next."""
+
+    random_share: Share = Field(
+        0.1, description="Share of items, by hash of their id, whose place is drawn instead of scored: the comparison"
+    )
+    severity: Weight = Field(1.0, description="Exponent of this factor of the score; 0 = it does not count")
+    uncertainty: Weight = Field(1.0, description="As above")
+    novelty: Weight = Field(1.0, description="As above")
+    traffic: Weight = Field(1.0, description="As above")
+    measure_uncertainty: Literal["log_probabilities", "self_consistency", "off"] = Field(
+        "log_probabilities", description="How sure the model was of its answer, asked afterwards and never of a client"
+    )
+    samples: int = Field(4, ge=2, le=32, description="self_consistency: how many answers are drawn again and compared")
+    measured_at_once: int = Field(
+        8, ge=1, le=1000, description="Items measured at each look, one request at a time, and none while a night works"
+    )
+    look_seconds: float = Field(30.0, ge=0.2, le=3600, description="Between two looks for items to measure")
+
+
 class LabelingSettings(Strict):
     """Per project: how flags become labels."""
 
@@ -77,6 +130,8 @@ class LabelingSettings(Strict):
     low_rating: float = Field(
         0.5, ge=0, le=1, description="Ratings below enter the queue; those at or above are good answers"
     )
+    entry: EntrySettings = EntrySettings()
+    selection: SelectionSettings = SelectionSettings()
     poll_seconds: float = Field(30.0, ge=0.2, le=3600, description="Between two looks at Label Studio")
     metrics: dict[str, MetricSettings] = Field(
         default_factory=dict, description="TensorZero's metrics whose range is not 0..1, or whose low values are good"

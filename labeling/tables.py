@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date as Date
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -36,6 +37,13 @@ class ItemState(StrEnum):
     LABELLED = "labelled"
     DISPUTED = "disputed"
     WITHDRAWN = "withdrawn"
+
+
+class Chosen(StrEnum):
+    """What decides an item's place in the queue: its score, or a draw. By hash of its id, so nobody can choose it."""
+
+    SCORE = "score"
+    RANDOM = "random"
 
 
 class LabelState(StrEnum):
@@ -85,7 +93,7 @@ class Feedback(SQLModel, table=True):
     __table_args__ = (
         Index("ix_feedback_completion", "project", "completion_id"),
         Index("ix_feedback_request", "project", "request_id"),
-        Index("ix_feedback_unfolded", "project", "folded_at"),
+        Index("ix_feedback_unfolded", "project", "folded_at", "held_until"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
     project: str
@@ -105,7 +113,9 @@ class Feedback(SQLModel, table=True):
     answer: str | None = None
     key_id: str | None = None
     created_at: datetime = Field(default_factory=now, sa_column=_time())
-    folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when it entered the review queue
+    folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when the queue was done with it
+    entry: str | None = None  # what the entry rules made of it, as `labeling.entry` words it
+    held_until: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # a cap: not looked at before
 
 
 class ReporterSalt(SQLModel, table=True):
@@ -125,6 +135,8 @@ class ReviewItem(SQLModel, table=True):
         Index("ix_review_items_project", "project", "id"),
         # The next tasks, and how many are open, without reading the others.
         Index("ix_review_items_queue", "project", "state", text("score DESC"), "created_at", "id"),
+        Index("ix_review_items_scored", "project", "scored_at"),
+        Index("ix_review_items_unmeasured", "project", "uncertainty_tries", "id"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("it"))
     project: str
@@ -137,7 +149,13 @@ class ReviewItem(SQLModel, table=True):
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
     count: int = 0
     severity: float = 0.5
+    chosen: Chosen = Field(default=Chosen.SCORE, sa_column=enum_column(Chosen))
+    uncertainty: float | None = None  # 0..1, how unsure the model was of `answer`; None = not known
+    uncertainty_tries: int = 0  # `labeling.uncertainty` says what it means
+    novelty: float | None = None  # 0..1, distance to what is labelled already; None = not known
+    factors: dict[str, float] = Field(default_factory=dict, sa_column=_json())  # what `score` was made of
     score: float = 0.0  # 0..1, the higher the sooner a labeller sees it
+    scored_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # None: novelty is still to come
     held_out: bool = False  # labelled, but never trained on; set at creation, before anyone labels
     state: ItemState = Field(default=ItemState.OPEN, sa_column=enum_column(ItemState))
     task_id: int | None = Field(default=None, index=True)
@@ -174,6 +192,26 @@ class FoldProgress(SQLModel, table=True):
     item_id: str
 
 
+class EntryCount(SQLModel, table=True):
+    """How many feedback a day's rule or cap has counted. `scope`: reporter, key, item, project, or `left out`."""
+
+    __tablename__ = "entry_counts"
+    project: str = Field(primary_key=True)
+    day: Date = Field(primary_key=True)  # UTC
+    scope: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    count: int = 0
+
+
+class EntryProgress(SQLModel, table=True):
+    """How far a rule has looked through the captured exchanges, whose ids sort by time."""
+
+    __tablename__ = "entry_progress"
+    project: str = Field(primary_key=True)
+    rule: str = Field(primary_key=True)
+    exchange_id: str
+
+
 class Annotation(SQLModel, table=True):
     """Label Studio's annotation as last seen; (server project, annotation id) is its identity."""
 
@@ -195,6 +233,7 @@ class Label(SQLModel, table=True):
     """The accepted (or refused, with its reason) outcome of an item's annotations; one row an item."""
 
     __tablename__ = "labels"
+    __table_args__ = (Index("ix_labels_changed", "project", "updated_at"),)
     item_id: str = Field(primary_key=True, foreign_key="review_items.id")
     id: str = Field(default_factory=lambda: new_id("lb"), unique=True)
     project: str = Field(index=True)

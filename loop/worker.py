@@ -19,7 +19,7 @@ from labeling.errors import NightschoolError
 from labeling.feedback import fold
 from labeling.pull import pull
 from labeling.push import push
-from loop import projects, promotion, reconcile, schedule
+from loop import projects, promotion, reconcile, schedule, uncertainty
 from loop.runner import Runner
 from loop.settings import MlflowSettings, ProjectSettings
 from loop.tables import Night, NightState
@@ -49,6 +49,8 @@ class Worker:
         }
         for project in configured.values():
             every[f"labels:{project.name}"] = (project.labeling.poll_seconds, partial(self.sync_labels, project))
+            looks = project.labeling.selection.look_seconds
+            every[f"uncertainty:{project.name}"] = (looks, partial(self.measure_uncertainty, project))
         self.scheduler = schedule.build_scheduler(configured, self._due, every)
         self.scheduler.start()
         self._spawn(self._nights(), "nights")
@@ -75,6 +77,15 @@ class Worker:
             await pull(clients.database, clients.label_studio, project.name, project.labeling)
         except NightschoolError as error:
             log.warning("labels_not_synced", project=project.name, code=error.code, reason=str(error), hint=error.hint)
+
+    async def measure_uncertainty(self, project: ProjectSettings) -> None:
+        """In the background, a little at a time; an engine that is away is asked again at the next look."""
+        clients = self.runner.clients
+        try:
+            await uncertainty.measure(clients, project)
+            await uncertainty.find_unlikely(clients, project)
+        except NightschoolError as error:
+            log.info("uncertainty_not_measured", project=project.name, code=error.code, reason=str(error))
 
     async def poll_registry(self) -> None:
         for project in self.runner.projects.values():

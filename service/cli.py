@@ -32,6 +32,10 @@ labels = typer.Typer(help="Labels that were refused, or held back after a reject
 app.add_typer(night, name="night")
 app.add_typer(keys, name="keys")
 app.add_typer(labels, name="labels")
+queue = typer.Typer(
+    help="The review queue: what waits, why in that order, what choosing has brought.", no_args_is_help=True
+)
+app.add_typer(queue, name="queue")
 
 
 def main() -> None:
@@ -158,6 +162,23 @@ def labels_confirm(
 ) -> None:
     """Let held labels into training again: a person has looked at them."""
     _call("commands.labels:confirm", settings, label_ids, project=project)
+
+
+@queue.command("report")
+def queue_report(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """Length, age, what caps hold back, and whether items chosen by score beat items drawn at random."""
+    _call("commands.queue:report", settings, project=project, as_json=as_json)
+
+
+@queue.command("next")
+def queue_next(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="How many to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The items that come next, and the factors that put them there; a ? marks one that is not known."""
+    _call("commands.queue:show_next", settings, project=project, limit=limit, as_json=as_json)
 
 
 @keys.command("create")

@@ -31,6 +31,7 @@ from service.health import Check
 from service.routes.keys import key_routes
 from service.routes.nights import NightDesk, night_routes
 from service.routes.pages import page_routes
+from service.routes.queue import queue_routes
 from service.secret_files import write_secret
 from service.settings import Settings
 from service.stack import Stack
@@ -71,7 +72,11 @@ class Installation:
             wake=self.worker.wake if self.worker else lambda: None,
         )
         keys = key_routes(self.database, self.state.keys, tuple(self.projects))
-        return create_app(self.settings, self.state, extra_routes=[*night_routes(desk), *page_routes(desk), *keys])
+        return create_app(
+            self.settings,
+            self.state,
+            extra_routes=[*night_routes(desk), *queue_routes(desk), *page_routes(desk), *keys],
+        )
 
 
 @asynccontextmanager

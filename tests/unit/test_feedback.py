@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -23,7 +22,7 @@ from labeling.feedback_body import InvalidFeedback, parse
 from labeling.labeling_screen import task_data
 from labeling.push import shown_comments
 from labeling.reporters import Reporters
-from labeling.selection import score
+from labeling.selection import Signals, factors
 from labeling.settings import LabelingSettings
 from labeling.tables import (
     Exchange,
@@ -306,7 +305,7 @@ async def test_same_prompt_folds_into_one_item(database: Database) -> None:
     assert await fold(database, PROJECT, SETTINGS) == 0
     (item,) = await rows(database, ReviewItem)
     assert (item.count, item.severity, item.answer, item.reasons) == (3, 0.8, "Zed", ["wrong", "rude"])
-    assert item.score == score(0.8, 3)
+    assert item.factors == factors(Signals(0.8, 3, novelty=1.0))
     assert await count(database, ItemMember) == 3
 
 
@@ -412,15 +411,6 @@ def test_prompt_digest_tells_prompts_apart() -> None:
     assert prompt_digest(one) == prompt_digest([{"role": "user", "content": [{"type": "text", "text": "strasse ?"}]}])
     assert prompt_digest(one) != prompt_digest([{"role": "system", "content": "Straße ?"}])
     assert prompt_digest(one) != prompt_digest([{"role": "system", "content": "be kind"}, *one])
-
-
-def test_score_rises_with_severity_and_count() -> None:
-    """Within 0..1, never falling."""
-    values = [[score(s / 10, c) for c in range(1, 40)] for s in range(11)]
-    assert all(0 <= value <= 1 for line in values for value in line)
-    assert all(line == sorted(line) for line in values)
-    for line, following in itertools.pairwise(values):
-        assert all(a < b for a, b in zip(line, following, strict=True))
 
 
 async def test_a_body_nested_without_end_is_malformed(running: Service, client: httpx.AsyncClient) -> None:

@@ -27,6 +27,22 @@ def upgrade() -> None:
         sa.UniqueConstraint("hash"),
     )
     op.create_table(
+        "entry_counts",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("scope", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "day", "scope", "name"),
+    )
+    op.create_table(
+        "entry_progress",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("rule", sa.String(), nullable=False),
+        sa.Column("exchange_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "rule"),
+    )
+    op.create_table(
         "exchanges",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
@@ -144,7 +160,13 @@ def upgrade() -> None:
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         sa.Column("severity", sa.Float(), nullable=False),
+        sa.Column("chosen", sa.String(length=32), nullable=False),
+        sa.Column("uncertainty", sa.Float(), nullable=True),
+        sa.Column("uncertainty_tries", sa.Integer(), nullable=False),
+        sa.Column("novelty", sa.Float(), nullable=True),
+        sa.Column("factors", sa.JSON(), nullable=False),
         sa.Column("score", sa.Float(), nullable=False),
+        sa.Column("scored_at", UtcDateTime(), nullable=True),
         sa.Column("held_out", sa.Boolean(), nullable=False),
         sa.Column("state", sa.String(length=32), nullable=False),
         sa.Column("task_id", sa.Integer(), nullable=True),
@@ -160,6 +182,8 @@ def upgrade() -> None:
         ["project", "state", sa.text("score DESC"), "created_at", "id"],
         unique=False,
     )
+    op.create_index("ix_review_items_scored", "review_items", ["project", "scored_at"], unique=False)
+    op.create_index("ix_review_items_unmeasured", "review_items", ["project", "uncertainty_tries", "id"], unique=False)
     op.create_index(op.f("ix_review_items_task_id"), "review_items", ["task_id"], unique=False)
     op.create_table(
         "serving",
@@ -253,6 +277,8 @@ def upgrade() -> None:
         sa.Column("key_id", sa.String(), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("folded_at", UtcDateTime(), nullable=True),
+        sa.Column("entry", sa.String(), nullable=True),
+        sa.Column("held_until", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(
             ["exchange_id"],
             ["exchanges.id"],
@@ -261,7 +287,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_feedback_completion", "feedback", ["project", "completion_id"], unique=False)
     op.create_index("ix_feedback_request", "feedback", ["project", "request_id"], unique=False)
-    op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at"], unique=False)
+    op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at", "held_until"], unique=False)
     op.create_table(
         "good_answers",
         sa.Column("id", sa.String(), nullable=False),
@@ -316,6 +342,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("item_id"),
         sa.UniqueConstraint("id"),
     )
+    op.create_index("ix_labels_changed", "labels", ["project", "updated_at"], unique=False)
     op.create_index(op.f("ix_labels_project"), "labels", ["project"], unique=False)
     op.create_table(
         "night_events",
@@ -379,6 +406,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_night_events_night_id"), table_name="night_events")
     op.drop_table("night_events")
     op.drop_index(op.f("ix_labels_project"), table_name="labels")
+    op.drop_index("ix_labels_changed", table_name="labels")
     op.drop_table("labels")
     op.drop_table("label_uses")
     op.drop_index(op.f("ix_good_answers_project"), table_name="good_answers")
@@ -396,6 +424,8 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_review_items_task_id"), table_name="review_items")
     op.drop_index("ix_review_items_queue", table_name="review_items")
     op.drop_index("ix_review_items_project", table_name="review_items")
+    op.drop_index("ix_review_items_unmeasured", table_name="review_items")
+    op.drop_index("ix_review_items_scored", table_name="review_items")
     op.drop_table("review_items")
     op.drop_table("reporter_salts")
     op.drop_index("ix_promotions_project", table_name="promotions")
@@ -408,4 +438,6 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_exchanges_session_id"), table_name="exchanges")
     op.drop_index("ix_exchanges_request", table_name="exchanges")
     op.drop_table("exchanges")
+    op.drop_table("entry_progress")
+    op.drop_table("entry_counts")
     op.drop_table("api_keys")
