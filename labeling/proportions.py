@@ -27,7 +27,7 @@ class Proportion:
         share, n = self.hits / self.n, self.n
         centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
     def as_json(self) -> dict[str, float | int | list[float] | None]:
         low, high = self.interval

@@ -109,12 +109,15 @@ async def _rules(session: AsyncSession, project: str) -> dict[str, dict[str, int
 
 async def _held_back(session: AsyncSession, project: str) -> dict[str, dict[str, Any]]:
     """By cap: how many wait, since when the oldest, and when the next may enter."""
+    columns: tuple[Any, ...] = (
+        col(Feedback.entry),
+        func.count(),
+        func.min(col(Feedback.created_at)),
+        func.min(col(Feedback.held_until)),
+    )
+    held = col(Feedback.folded_at).is_(None) & col(Feedback.held_until).is_not(None)
     rows = await session.execute(
-        select(Feedback.entry, func.count(), func.min(col(Feedback.created_at)), func.min(col(Feedback.held_until)))
-        .where(
-            col(Feedback.project) == project, col(Feedback.folded_at).is_(None), col(Feedback.held_until).is_not(None)
-        )
-        .group_by(col(Feedback.entry))
+        select(*columns).where(col(Feedback.project) == project, held).group_by(col(Feedback.entry))
     )
     return {
         str(entry).removeprefix("held back: "): {"waiting": count, "oldest": str(oldest), "enters_from": str(until)}
@@ -124,11 +127,17 @@ async def _held_back(session: AsyncSession, project: str) -> dict[str, dict[str,
 
 async def _settled(session: AsyncSession, project: str) -> dict[Chosen, Proportion]:
     """Items that people have judged, and those of them that gave a correction."""
+    columns: tuple[Any, ...] = (
+        col(ReviewItem.chosen),
+        col(Label.state),
+        col(Label.verdict),
+        col(Label.correction).is_not(None),
+    )
     rows = await session.execute(
-        select(ReviewItem.chosen, Label.state, Label.verdict, col(Label.correction).is_not(None), func.count())
+        select(*columns, func.count())
         .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
         .where(col(Label.project) == project, col(Label.state).in_(SETTLED))
-        .group_by(col(ReviewItem.chosen), col(Label.state), col(Label.verdict), col(Label.correction).is_not(None))
+        .group_by(*columns)
     )
     n: Counter[Chosen] = Counter()
     corrected: Counter[Chosen] = Counter()

@@ -69,7 +69,7 @@ async def _promoted(session: AsyncSession, data_dir: Path, project: str) -> list
 async def _labels(session: AsyncSession, night_id: str) -> dict[str, str]:
     """Label -> item."""
     rows = await session.execute(select(LabelUse.label_id, LabelUse.item_id).where(LabelUse.night_id == night_id))
-    return dict(rows.tuples().all())
+    return {str(label_id): str(item_id) for label_id, item_id in rows}
 
 
 def _examined(folder: Path) -> dict[str, bool] | None:
@@ -87,5 +87,5 @@ async def _chosen(session: AsyncSession, items: list[str]) -> dict[str, Chosen]:
     for start in range(0, len(items), IDS_PER_STATEMENT):
         some = col(ReviewItem.id).in_(items[start : start + IDS_PER_STATEMENT])
         rows = await session.execute(select(ReviewItem.id, ReviewItem.chosen).where(some))
-        found |= dict(rows.tuples().all())
+        found |= {str(item_id): chosen for item_id, chosen in rows}
     return found

@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import delete, update
 from sqlmodel import col
 
 from labeling.database import Database, new_id, now
@@ -42,10 +42,9 @@ async def store(database: Database, *stored: Any) -> None:
 
 
 async def next_day(database: Database) -> None:
-    """What today has counted was yesterday, and what waits is due."""
+    """Nothing is counted for it yet, and what waits is due."""
     async with database.write() as session:
-        yesterday = now().date() - timedelta(days=1)
-        await session.execute(update(EntryCount).values(day=yesterday))
+        await session.execute(delete(EntryCount))
         waits = col(Feedback.held_until).is_not(None)
         await session.execute(update(Feedback).where(waits).values(held_until=now() - timedelta(seconds=1)))
 
