@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 
 import structlog
 from sqlmodel import col, select
 
 from labeling import uncertainty
-from labeling.database import insert_or_nothing
+from labeling.database import insert_or_nothing, now
 from labeling.embeddings import embedder
 from labeling.entry import UNLIKELY, in_share
 from labeling.errors import InvalidInput, NotFound
@@ -28,6 +29,7 @@ from loop.vllm import Message, Replica
 
 log = structlog.get_logger()
 AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
+LONGEST_NIGHT = timedelta(days=8)
 READ_AT_ONCE = 500
 TEMPERATURE = 0.8
 ANOTHER_ANSWER = "0"
@@ -154,7 +156,8 @@ async def _is_below(replica: Replica, exchange: Exchange, threshold: float) -> b
 
 
 async def _night_at_work(clients: Clients) -> bool:
-    """Of any project: they share the engines."""
+    """Of any project: they share the engines. One that is long over, of a project no longer here, is none."""
     async with clients.database.read() as session:
-        nights = select(Night.id).where(col(Night.state).in_(AT_WORK)).limit(1)
+        young = col(Night.created_at) > now() - LONGEST_NIGHT
+        nights = select(Night.id).where(col(Night.state).in_(AT_WORK), young).limit(1)
         return (await session.execute(nights)).first() is not None

@@ -24,11 +24,13 @@ from loop.clients import Clients
 from loop.executors import LocalExecutor
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
-from loop.settings import MlflowSettings, ObjectStoreSettings, ProjectSettings
+from loop.runner import Runner
+from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
 from loop.tables import Night, NightState, Serving
 from loop.vllm import EngineUnavailable, Replica
+from loop.worker import Worker
 from tests.fakes.vllm import FakeVllm
-from tests.running import BASE, PROJECT, rows
+from tests.running import BASE, PROJECT, eventually, rows
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -43,7 +45,7 @@ class Installation:
     @property
     def project(self) -> ProjectSettings:
         selection = {"random_share": 0, **self.labeling.get("selection", {})}
-        known = {"name": PROJECT, "base_dir": "/models/base", "base_name": BASE}
+        known = {"name": PROJECT, "base_dir": "/models/base", "base_name": BASE, "schedule": {"enabled": False}}
         return ProjectSettings.model_validate({**known, "labeling": {**self.labeling, "selection": selection}})
 
     async def flag(self, answer: str, served: str = BASE, question: str = "Why so?") -> None:
@@ -56,6 +58,9 @@ class Installation:
 
     async def items(self) -> dict[str, ReviewItem]:
         return {item.answer: item for item in await rows(self.database, ReviewItem)}
+
+    async def is_measured(self) -> bool:
+        return all(item.uncertainty is not None for item in (await self.items()).values())
 
     def asked_for(self) -> int:
         return sum("prompt_logprobs" in seen.body for seen in self.engine.seen)
@@ -228,3 +233,19 @@ async def test_unlikely_answers_enter(installation: Installation) -> None:
     assert set(items) == {answer for answer, mean in means.items() if mean < threshold}
     assert len(items) == 2
     assert all((item.reasons, item.count) == (["low log-probability"], 1) for item in items.values())
+
+
+async def test_the_worker_measures_in_the_background(installation: Installation, tmp_path: Path) -> None:
+    """Also after an engine was away at its first look; Label Studio and MLflow being down changes nothing."""
+    installation.labeling = {"selection": {"look_seconds": 0.2}}
+    await installation.flag("An answer")
+    installation.engine.faults.status = 500
+    projects = {PROJECT: installation.project}
+    worker = Worker(Runner(installation.clients, projects, EngineSettings(), tmp_path), MlflowSettings(url=NOWHERE))
+    await worker.start()
+    try:
+        await eventually(lambda: installation.engine.seen)
+        installation.engine.faults.status = 0
+        await eventually(installation.is_measured, seconds=20)
+    finally:
+        await worker.stop()
