@@ -77,7 +77,7 @@ async def _states(session: AsyncSession, project: str) -> dict[tuple[str, Chosen
         .where(col(ReviewItem.project) == project)
         .group_by(col(ReviewItem.state), col(ReviewItem.chosen))
     )
-    return {(state.value, chosen): count for state, chosen, count in rows}
+    return {(ItemState(state).value, Chosen(chosen)): count for state, chosen, count in rows}
 
 
 async def _oldest(session: AsyncSession, project: str) -> dict[str, Any] | None:
@@ -133,8 +133,9 @@ async def _settled(session: AsyncSession, project: str) -> dict[Chosen, Proporti
         col(Label.verdict),
         col(Label.correction).is_not(None),
     )
+    counted: tuple[Any, ...] = (*columns, func.count())
     rows = await session.execute(
-        select(*columns, func.count())
+        select(*counted)
         .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
         .where(col(Label.project) == project, col(Label.state).in_(SETTLED))
         .group_by(*columns)

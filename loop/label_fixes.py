@@ -87,5 +87,5 @@ async def _chosen(session: AsyncSession, items: list[str]) -> dict[str, Chosen]:
     for start in range(0, len(items), IDS_PER_STATEMENT):
         some = col(ReviewItem.id).in_(items[start : start + IDS_PER_STATEMENT])
         rows = await session.execute(select(ReviewItem.id, ReviewItem.chosen).where(some))
-        found |= {str(item_id): chosen for item_id, chosen in rows}
+        found |= {str(item_id): Chosen(chosen) for item_id, chosen in rows}
     return found

@@ -85,9 +85,9 @@ def generate(seed: int) -> Company:
             texts += [form.format(s=subject) for form in (*asked, *examined)]
             rows += [(fact, weight * share, 0.0, severity, bool(known_subjects[number])) for share in wordings]
             rows += [(fact, 0.0, weight / len(examined), severity, False) for _ in examined]
-    fact, traffic, exam, severe, known = (np.array(column) for column in zip(*rows, strict=True))
+    facts, traffic, exam, severe, known = (np.array(column) for column in zip(*rows, strict=True))
     vectors = HashedNgrams().embed(texts).astype(np.float64)
-    return Company(tuple(texts), fact, vectors, traffic / traffic.sum(), exam / exam.sum(), severe, known)
+    return Company(tuple(texts), facts, vectors, traffic / traffic.sum(), exam / exam.sum(), severe, known)
 
 
 def _zipf(ranks: NDArray[np.int64]) -> Floats:

