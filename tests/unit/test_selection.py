@@ -36,12 +36,7 @@ async def store(database: Database, *stored: Any) -> None:
 
 async def label(database: Database, item: ReviewItem, state: LabelState = LabelState.ACCEPTED) -> None:
     async with database.write() as session:
-        values: dict[str, Any] = {
-            "messages": item.messages,
-            "state": state,
-            "verdict": Verdict.WRONG,
-            "updated_at": now(),
-        }
+        values: dict[str, Any] = {"messages": item.messages, "state": state, "verdict": Verdict.WRONG}
         await session.merge(
             Label(item_id=item.id, id=f"lb_{item.id}", project=PROJECT, flagged_answer="", updated_at=now(), **values)
         )
