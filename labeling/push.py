@@ -36,11 +36,15 @@ class PushReport:
 
 
 async def push(database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings) -> PushReport:
-    target = (await labelling_project(database, server, project, settings)).server_project
+    """With nothing to send or to remove, Label Studio is not asked."""
     report = PushReport()
-    report.removed += await _remove_withdrawn(database, server, project, target)
     async with database.read() as session:
+        withdrawn = await _withdrawn(session, project)
         items = await _next_items(session, project, settings.max_open_tasks)
+    if not withdrawn and not items:
+        return report
+    target = (await labelling_project(database, server, project, settings, sure=True)).server_project
+    report.removed += await _remove_withdrawn(database, server, target, withdrawn)
     for start in range(0, len(items), TASKS_PER_IMPORT):
         await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], report)
     if report.sent or report.removed or report.refused:
@@ -70,16 +74,19 @@ async def _next_items(session: AsyncSession, project: str, max_open_tasks: int) 
     return list((await session.execute(best)).scalars())
 
 
-async def _remove_withdrawn(database: Database, server: LabelStudioServer, project: str, target: int) -> int:
-    async with database.read() as session:
-        condition = (col(ReviewItem.project) == project) & (col(ReviewItem.state) == ItemState.WITHDRAWN)
-        rows = await session.execute(select(ReviewItem).where(condition, col(ReviewItem.task_id).is_not(None)))
-        items = list(rows.scalars())
-    found = await server.find_tasks(target, [item.id for item in items])
+async def _withdrawn(session: AsyncSession, project: str) -> list[str]:
+    """Items whose tasks may still be there."""
+    condition = (col(ReviewItem.project) == project) & (col(ReviewItem.state) == ItemState.WITHDRAWN)
+    rows = await session.execute(select(ReviewItem.id).where(condition, col(ReviewItem.task_id).is_not(None)))
+    return list(rows.scalars())
+
+
+async def _remove_withdrawn(database: Database, server: LabelStudioServer, target: int, item_ids: list[str]) -> int:
+    found = await server.find_tasks(target, item_ids)
     tasks = {task.id for seen in found.values() for task in seen}
     await server.delete_tasks(target, tasks)
     async with database.write() as session:
-        withdrawn = col(ReviewItem.id).in_([item.id for item in items])
+        withdrawn = col(ReviewItem.id).in_(item_ids)
         await session.execute(update(ReviewItem).where(withdrawn).values(task_id=None))
     return len(tasks)
 

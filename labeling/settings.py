@@ -36,6 +36,11 @@ class LabelStudioSettings(Strict):
         "", description="label-studio executable; empty = .venv-label-studio beside the checkout, then PATH"
     )
     timeout_seconds: float = Field(30.0, gt=0, le=600)
+    webhook_url: ServerUrl = Field(
+        "",
+        description="Our own address as Label Studio reaches it: labels then count at once, not at the next poll. "
+        "Empty: by polling alone, unless managed",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> LabelStudioSettings:
@@ -138,4 +143,10 @@ class LabelingSettings(Strict):
     )
     sweep_seconds: float = Field(
         600.0, ge=1, le=86_400, description="Between two full comparisons of task and annotation ids"
+    )
+    archive_after_days: float = Field(
+        30.0, ge=0, le=3650, description="Tasks whose label is that long settled leave Label Studio; we keep them"
+    )
+    archive_above: int = Field(
+        1000, ge=0, le=1_000_000, description="Labelled tasks kept in Label Studio; the longest settled leave first"
     )

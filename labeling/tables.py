@@ -213,7 +213,10 @@ class EntryProgress(SQLModel, table=True):
 
 
 class Annotation(SQLModel, table=True):
-    """Label Studio's annotation as last seen; (server project, annotation id) is its identity."""
+    """Label Studio's annotation as last seen; (server project, annotation id) is its identity.
+
+    Negative ids: annotations that the server has lost (`labeling.lost_annotations`).
+    """
 
     __tablename__ = "annotations"
     labelling_project: int = Field(primary_key=True)
@@ -226,7 +229,21 @@ class Annotation(SQLModel, table=True):
     cancelled: bool = False
     deleted: bool = False
     lead_seconds: float | None = None
+    # Tells two annotations of one number apart.
+    created_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
     updated_at: datetime = Field(sa_column=_time())
+
+
+class ArchivedTask(SQLModel, table=True):
+    """A task that left Label Studio after its label was settled, in the form that Label Studio imports."""
+
+    __tablename__ = "archived_tasks"
+    item_id: str = Field(primary_key=True, foreign_key="review_items.id")
+    project: str = Field(index=True)
+    labelling_project: int
+    task_id: int
+    task: dict[str, Any] = Field(sa_column=_json())
+    archived_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
 class Label(SQLModel, table=True):

@@ -32,6 +32,7 @@ class Metrics:
         self.capture_dropped = self._counter("capture_dropped", "Exchanges not stored, by reason", "reason")
         self.feedback = self._counter("feedback", "Feedback acknowledged", "project", "kind")
         self.feedback_refused = self._counter("feedback_refused", "Feedback not acknowledged, by reason", "reason")
+        self.hooks = self._counter("label_hooks", "Label Studio's webhook calls: taken, or forged", "result")
         self.commits = Histogram(
             "nightschool_feedback_commit_rows",
             "Feedback in one commit",

@@ -306,6 +306,7 @@ async def test_a_deleted_label_studio_project_is_made_again(desk: Desk) -> None:
     await desk.annotate(done, WRONG)
     await desk.pull()
     await desk.server.delete_project(await desk.server_project())
+    assert (await desk.pull()).replaced
     assert (await desk.push()).sent == 1
     assert [task.item_id for task in await desk.tasks()] == [waiting.id]
     await desk.pull(sweep=True)

@@ -224,6 +224,7 @@ def upgrade() -> None:
         sa.Column("cancelled", sa.Boolean(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("lead_seconds", sa.Float(), nullable=True),
+        sa.Column("created_at", UtcDateTime(), nullable=True),
         sa.Column("updated_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(
             ["item_id"],
@@ -232,6 +233,21 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("labelling_project", "annotation_id"),
     )
     op.create_index(op.f("ix_annotations_item_id"), "annotations", ["item_id"], unique=False)
+    op.create_table(
+        "archived_tasks",
+        sa.Column("item_id", sa.String(), nullable=False),
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("labelling_project", sa.Integer(), nullable=False),
+        sa.Column("task_id", sa.Integer(), nullable=False),
+        sa.Column("task", sa.JSON(), nullable=False),
+        sa.Column("archived_at", UtcDateTime(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["item_id"],
+            ["review_items.id"],
+        ),
+        sa.PrimaryKeyConstraint("item_id"),
+    )
+    op.create_index(op.f("ix_archived_tasks_project"), "archived_tasks", ["project"], unique=False)
     op.create_table(
         "evidence",
         sa.Column("night_id", sa.String(), nullable=False),
@@ -416,6 +432,8 @@ def downgrade() -> None:
     op.drop_index("ix_feedback_completion", table_name="feedback")
     op.drop_table("feedback")
     op.drop_table("evidence")
+    op.drop_index(op.f("ix_archived_tasks_project"), table_name="archived_tasks")
+    op.drop_table("archived_tasks")
     op.drop_index(op.f("ix_annotations_item_id"), table_name="annotations")
     op.drop_table("annotations")
     op.drop_index(op.f("ix_adapters_project"), table_name="adapters")
