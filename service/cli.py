@@ -154,6 +154,12 @@ def labels_held(settings: SettingsPath = DEFAULT, project: Project = None, as_js
     _call("commands.labels:held", settings, project=project, as_json=as_json)
 
 
+@labels.command("archived")
+def labels_archived(settings: SettingsPath = DEFAULT, project: Project = None) -> None:
+    """Print the settled tasks that left Label Studio as JSON lines, which it imports again."""
+    _call("commands.labels:archived", settings, project=project)
+
+
 @labels.command("confirm")
 def labels_confirm(
     label_ids: Annotated[list[str], typer.Argument(help="Label ids from `labels held`.")],
