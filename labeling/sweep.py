@@ -21,6 +21,7 @@ from labeling.push import keeper, queue_score
 from labeling.tables import Annotation, ItemState, Label, LabelState, ReviewItem
 
 ROWS_PER_STATEMENT = 500
+MOVES_PER_SWEEP = 200
 SCORE_STEP = 0.005  # smaller moves don't change the order enough to be sent
 
 
@@ -178,10 +179,15 @@ async def _follow(database: Database, items: dict[str, _Item], kept: dict[str, S
 
 
 async def _rescore(server: LabelStudioServer, items: dict[str, _Item], kept: dict[str, SeenTask]) -> None:
-    for item_id, task in kept.items():
-        item = items[item_id]
-        if item.state is ItemState.PUSHED and abs((task.score or 0.0) - queue_score(item.score)) > SCORE_STEP:
-            await server.rescore(task.id, queue_score(item.score))
+    """The farthest moves first, as each costs Label Studio two requests; the rest follow with the next sweeps."""
+    moves = {
+        item_id: abs((2.0 if task.score is None else task.score) - queue_score(items[item_id].score))
+        for item_id, task in kept.items()
+        if items[item_id].state in (ItemState.PUSHED, ItemState.DISPUTED)
+    }
+    far = sorted((item_id for item_id, way in moves.items() if way > SCORE_STEP), key=lambda name: -moves[name])
+    for item_id in far[:MOVES_PER_SWEEP]:
+        await server.rescore(kept[item_id].id, queue_score(items[item_id].score))
 
 
 def _changed(

@@ -14,7 +14,7 @@ from labeling.errors import InvalidInput
 from service.bench.figure import Figure, Say
 
 # name -> module of service.bench; each has `run(say) -> list[Figure]`.
-BENCHES: dict[str, str] = {"ingest": "ingest", "selection": "selection"}
+BENCHES: dict[str, str] = {"ingest": "ingest", "labelling": "labelling", "selection": "selection"}
 
 
 class UnknownBench(InvalidInput):
