@@ -151,7 +151,7 @@ async def _hooks(database: Database, server: LabelStudioServer, syncs: dict[str,
     state = assemble(settings, database)
     routes = hook_routes(server, [PROJECT], lambda name: syncs[name].hint(), state.metrics)
     app = create_app(settings, state, extra_routes=routes)
-    config = uvicorn.Config(app, host=HOOK_HOST, port=0, log_config=None, lifespan="on")  # type: ignore[arg-type]  # Litestar is an ASGI application
+    config = uvicorn.Config(app, host=HOOK_HOST, port=0, log_config=None, lifespan="on")
     http = uvicorn.Server(config)
     serving = asyncio.create_task(http.serve())
     while not http.started:  # noqa: ASYNC110  # uvicorn has no event for it
