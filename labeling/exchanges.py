@@ -97,8 +97,12 @@ def _of_request() -> Select[Any]:
 
 
 def _of_session() -> Select[Any]:
-    """The session's last exchange before the feedback. Only when folding: by then every earlier one is stored."""
-    unnamed = col(Feedback.completion_id).is_(None) & col(Feedback.request_id).is_(None)
+    """The session's last exchange before the feedback. Only when folding: by then every earlier one is stored.
+
+    An imported id that may be of either stands in both columns: it is a session's when no completion has it.
+    """
+    either = col(Feedback.completion_id) == col(Feedback.session_id)
+    unnamed = (col(Feedback.completion_id).is_(None) | either) & col(Feedback.request_id).is_(None)
     earlier = col(Exchange.created_at) <= col(Feedback.created_at)
     return _newest().where(unnamed, col(Exchange.session_id) == col(Feedback.session_id), earlier)
 

@@ -141,6 +141,12 @@ class LabelingSettings(Strict):
     metrics: dict[str, MetricSettings] = Field(
         default_factory=dict, description="TensorZero's metrics whose range is not 0..1, or whose low values are good"
     )
+    keep_exchanges_days: int = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="Older exchanges go, unless feedback or a good answer needs them; 0 = kept for ever",
+    )
     sweep_seconds: float = Field(
         600.0, ge=1, le=86_400, description="Between two full comparisons of task and annotation ids"
     )

@@ -69,6 +69,7 @@ class Exchange(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("project", "completion_id"),
         Index("ix_exchanges_request", "project", "request_id"),
+        Index("ix_exchanges_age", "project", "created_at", "id"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("ex"))
     project: str
@@ -98,7 +99,7 @@ class Feedback(SQLModel, table=True):
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
     project: str
     kind: FeedbackKind = Field(sa_column=enum_column(FeedbackKind))
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
     completion_id: str | None = None
     request_id: str | None = None
     session_id: str | None = None
@@ -169,7 +170,7 @@ class ItemMember(SQLModel, table=True):
     __tablename__ = "item_members"
     feedback_id: str = Field(primary_key=True, foreign_key="feedback.id")
     item_id: str = Field(foreign_key="review_items.id", index=True)
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
 
 
 class ItemWording(SQLModel, table=True):
@@ -279,7 +280,7 @@ class GoodAnswer(SQLModel, table=True):
     prompt_digest: str
     messages: list[dict[str, Any]] = Field(sa_column=_json())
     answer: str
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
     must_contain: list[str] = Field(
         default_factory=list, sa_column=_json()
     )  # from the rating's tag `must_contain`, when given
@@ -295,3 +296,13 @@ class LabellingProject(SQLModel, table=True):
     watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by the server's clock
     watermark_moved_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by ours
     swept_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+
+
+class ExchangeRetention(SQLModel, table=True):
+    """What became of a project's old exchanges: `labeling.retention` writes it, /metrics shows it."""
+
+    __tablename__ = "exchange_retention"
+    project: str = Field(primary_key=True)
+    deleted: int = 0  # ever
+    needed: int = 0  # as old, but kept at the last look because something refers to them
+    looked_at: datetime = Field(default_factory=now, sa_column=_time())

@@ -16,6 +16,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from sqlmodel import col, select
 
 from labeling.errors import NightschoolError
+from labeling.retention import forget_old_exchanges
 from labeling.sync import LabelSync
 from loop import projects, promotion, reconcile, schedule, uncertainty
 from loop.runner import Runner
@@ -25,6 +26,7 @@ from loop.tables import Night, NightState
 log = structlog.get_logger()
 RECONCILE_SECONDS = 5.0
 LOOK_SECONDS = 5.0
+RETENTION_SECONDS = 3600.0
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Worker:
             self._spawn(sync.run(), f"label hints of {project.name}")
             looks = project.labeling.selection.look_seconds
             every[f"uncertainty:{project.name}"] = (looks, partial(self.measure_uncertainty, project))
+            every[f"retention:{project.name}"] = (RETENTION_SECONDS, partial(self.forget_old, project))
         self.scheduler = schedule.build_scheduler(configured, self._due, every)
         self.scheduler.start()
         self._spawn(self._nights(), "nights")
@@ -87,6 +90,14 @@ class Worker:
             await uncertainty.find_unlikely(clients, project)
         except NightschoolError as error:
             log.info("uncertainty_not_measured", project=project.name, code=error.code, reason=str(error))
+
+    async def forget_old(self, project: ProjectSettings) -> None:
+        """Exchanges beyond the project's days; what could not be deleted now is looked at again in an hour."""
+        try:
+            days = project.labeling.keep_exchanges_days
+            await forget_old_exchanges(self.runner.clients.database, project.name, days)
+        except NightschoolError as error:
+            log.warning("old_exchanges_not_deleted", project=project.name, code=error.code, reason=str(error))
 
     async def poll_registry(self) -> None:
         for project in self.runner.projects.values():

@@ -22,6 +22,7 @@ from litestar.types import ControllerRouterHandler
 from labeling.database import Database
 from labeling.errors import NightschoolError
 from labeling.reporters import Reporters
+from labeling.retention import retention_counts
 from service.alias_table import AliasTable, Upstream
 from service.auth import KeyRing
 from service.capture import CaptureQueue
@@ -44,6 +45,7 @@ log = structlog.get_logger(__name__)
 ALIASES_SECONDS = 1.0
 KEYS_SECONDS = 10.0
 FORGET_SECONDS = 3600.0
+RETENTION_SECONDS = 30.0
 STOP_SECONDS = 5.0
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
@@ -137,6 +139,7 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
         _again(ALIASES_SECONDS, lambda: state.aliases.load(state.database)),
         _again(KEYS_SECONDS, lambda: state.keys.load(state.database)),
         _again(FORGET_SECONDS, lambda: forget_answers(state.database)),
+        _again(RETENTION_SECONDS, lambda: _show_retention(state)),
     ]
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
@@ -159,6 +162,13 @@ async def _again(seconds: float, load: Callable[[], Coroutine[Any, Any, None]]) 
             log.warning("not_refreshed", error=str(error))
         except Exception:  # the edge of a task that nobody awaits: dead, it would leave an old alias serving
             log.exception("not_refreshed")
+
+
+async def _show_retention(state: AppState) -> None:
+    """Another process may be the one that deletes: its counts stand in the database."""
+    for row in await retention_counts(state.database):
+        state.metrics.exchanges_deleted.labels(row.project).set(row.deleted)
+        state.metrics.exchanges_needed.labels(row.project).set(row.needed)
 
 
 async def _drain(state: AppState) -> None:

@@ -34,6 +34,7 @@ from service.routes.keys import key_routes
 from service.routes.nights import NightDesk, night_routes
 from service.routes.pages import page_routes
 from service.routes.queue import queue_routes
+from service.routes.transfer import transfer_routes
 from service.secret_files import write_secret
 from service.servers import HOOK_HOST
 from service.settings import Settings
@@ -74,16 +75,19 @@ class Installation:
             live=self.runner.live,
             wake=self.worker.wake if self.worker else lambda: None,
         )
-        keys = key_routes(self.database, self.state.keys, tuple(self.projects))
         announcer = Announcer(self.database)
         hint = self.worker.hint_labels if self.worker else announcer.hint
-        hooks = hook_routes(self.clients.label_studio, self.projects, hint, self.state.metrics)
-        return create_app(
-            self.settings,
-            self.state,
-            extra_routes=[*night_routes(desk), *queue_routes(desk), *page_routes(desk), *keys, *hooks],
-            lifespan=[] if self.worker else [announcer.running],
-        )
+        common = (self.database, self.state.keys)
+        extra = [
+            *night_routes(desk),
+            *queue_routes(desk),
+            *page_routes(desk),
+            *key_routes(*common, tuple(self.projects)),
+            *transfer_routes(*common, self.state.reporters, self.projects),
+            *hook_routes(self.clients.label_studio, self.projects, hint, self.state.metrics),
+        ]
+        lifespan = [] if self.worker else [announcer.running]
+        return create_app(self.settings, self.state, extra_routes=extra, lifespan=lifespan)
 
 
 @asynccontextmanager

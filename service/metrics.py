@@ -33,6 +33,8 @@ class Metrics:
         self.feedback = self._counter("feedback", "Feedback acknowledged", "project", "kind")
         self.feedback_refused = self._counter("feedback_refused", "Feedback not acknowledged, by reason", "reason")
         self.hooks = self._counter("label_hooks", "Label Studio's webhook calls: taken, or forged", "result")
+        self.exchanges_deleted = self._of_project("exchanges_deleted", "Old exchanges deleted so far")
+        self.exchanges_needed = self._of_project("exchanges_needed", "As old, but something needs them")
         self.commits = Histogram(
             "nightschool_feedback_commit_rows",
             "Feedback in one commit",
@@ -42,6 +44,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"nightschool_{name}", text, labels, registry=self.registry)
+
+    def _of_project(self, name: str, text: str) -> Gauge:
+        return Gauge(f"nightschool_{name}", text, ["project"], registry=self.registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A figure that is read when somebody asks."""

@@ -61,8 +61,17 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "completion_id"),
     )
+    op.create_index("ix_exchanges_age", "exchanges", ["project", "created_at", "id"], unique=False)
     op.create_index("ix_exchanges_request", "exchanges", ["project", "request_id"], unique=False)
     op.create_index(op.f("ix_exchanges_session_id"), "exchanges", ["session_id"], unique=False)
+    op.create_table(
+        "exchange_retention",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("deleted", sa.Integer(), nullable=False),
+        sa.Column("needed", sa.Integer(), nullable=False),
+        sa.Column("looked_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("project"),
+    )
     op.create_table(
         "idempotent_answers",
         sa.Column("key_id", sa.String(), nullable=False),
@@ -302,6 +311,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_feedback_completion", "feedback", ["project", "completion_id"], unique=False)
+    op.create_index(op.f("ix_feedback_exchange_id"), "feedback", ["exchange_id"], unique=False)
     op.create_index("ix_feedback_request", "feedback", ["project", "request_id"], unique=False)
     op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at", "held_until"], unique=False)
     op.create_table(
@@ -321,6 +331,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "prompt_digest"),
     )
+    op.create_index(op.f("ix_good_answers_exchange_id"), "good_answers", ["exchange_id"], unique=False)
     op.create_index(op.f("ix_good_answers_project"), "good_answers", ["project"], unique=False)
     op.create_table(
         "label_uses",
@@ -408,6 +419,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("feedback_id"),
     )
+    op.create_index(op.f("ix_item_members_exchange_id"), "item_members", ["exchange_id"], unique=False)
     op.create_index(op.f("ix_item_members_item_id"), "item_members", ["item_id"], unique=False)
 
 
@@ -416,6 +428,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_item_wordings_item_digest"), table_name="item_wordings")
     op.drop_index("ix_item_wordings_near", table_name="item_wordings")
     op.drop_table("item_wordings")
+    op.drop_index(op.f("ix_item_members_exchange_id"), table_name="item_members")
     op.drop_index(op.f("ix_item_members_item_id"), table_name="item_members")
     op.drop_table("item_members")
     op.drop_table("stage_markers")
@@ -425,10 +438,12 @@ def downgrade() -> None:
     op.drop_index("ix_labels_changed", table_name="labels")
     op.drop_table("labels")
     op.drop_table("label_uses")
+    op.drop_index(op.f("ix_good_answers_exchange_id"), table_name="good_answers")
     op.drop_index(op.f("ix_good_answers_project"), table_name="good_answers")
     op.drop_table("good_answers")
     op.drop_index("ix_feedback_unfolded", table_name="feedback")
     op.drop_index("ix_feedback_request", table_name="feedback")
+    op.drop_index(op.f("ix_feedback_exchange_id"), table_name="feedback")
     op.drop_index("ix_feedback_completion", table_name="feedback")
     op.drop_table("feedback")
     op.drop_table("evidence")
@@ -453,8 +468,10 @@ def downgrade() -> None:
     op.drop_table("leases")
     op.drop_table("labelling_projects")
     op.drop_table("idempotent_answers")
+    op.drop_table("exchange_retention")
     op.drop_index(op.f("ix_exchanges_session_id"), table_name="exchanges")
     op.drop_index("ix_exchanges_request", table_name="exchanges")
+    op.drop_index("ix_exchanges_age", table_name="exchanges")
     op.drop_table("exchanges")
     op.drop_table("entry_progress")
     op.drop_table("entry_counts")
