@@ -27,7 +27,7 @@ FOR_THE_RECORD = (Night, NightEvent, LabelUse, Adapter, Evidence, Promotion)
 
 def _tables_of(models: Any) -> dict[str, type[SQLModel]]:
     found = {str(model.__tablename__): model for model in models}
-    order = [table.name for table in SQLModel.metadata.sorted_tables]
+    order = [str(table.name) for table in SQLModel.metadata.sorted_tables]
     return {table: found[table] for table in order if table in found}
 
 

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Bookmark:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".part")
-            temporary.write_text(json.dumps(asdict(position)), encoding="utf-8")
+            temporary.write_text(json.dumps(vars(position)), encoding="utf-8")
             temporary.replace(self._path)
 
     def forget(self) -> None:

@@ -58,7 +58,7 @@ def installed(tmp_path: Path, database_url: str) -> Path:
 
 def pairs(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [
-        {**LOGGED, "response": {**LOGGED["response"], "id": f"chatcmpl-{number}"}}  # type: ignore[dict-item]
+        {**LOGGED, "response": {**LOGGED["response"], "id": f"chatcmpl-{number}"}}
         for number in range(start, start + count)
     ]
 

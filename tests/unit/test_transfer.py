@@ -183,8 +183,8 @@ async def test_what_went_out_comes_back_the_same(database: Database, admin: http
     """Every row of every table that comes back, into an empty installation; a second time adds none."""
     await _filled(database)
     before = await everything(database)
-    for model in (Exchange, Feedback, ReviewItem, ItemMember, Annotation, Label, GoodAnswer):
-        assert before[str(model.__tablename__)], model
+    for filled in (Exchange, Feedback, ReviewItem, ItemMember, Annotation, Label, GoodAnswer):
+        assert before[str(filled.__tablename__)], filled
     lines = await exported(admin)
     assert lines[0]["nightschool_export"] == 1
     assert lines[-1]["end"] == {name: len([x for x in lines if x.get("table") == name]) for name in lines[-1]["end"]}

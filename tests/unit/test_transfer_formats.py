@@ -221,7 +221,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"table": "feedback", "row": {"id": "x", "project": "p", "kind": "praise"}}, "does not fit"),
     (
         {"table": "feedback", "row": {"id": "x", "project": "p", "kind": "flag", "choice": 2**40}},
-        "choice: 1099511627776",
+        "choice: '1099511627776'",
     ),
     ({"table": "api_keys", "row": {}}, "no table"),
     ({"nightschool_export": 99}, "form 99"),
