@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from datetime import date, datetime
+from functools import partial
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Column, Date, Enum, Float, Integer, String, Table
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Date, Enum, Float, Integer, String, Table
 from sqlmodel import SQLModel
 
 import labeling.tables
@@ -20,8 +21,8 @@ from loop.tables import Adapter, Evidence, LabelUse, Night, NightEvent, Promotio
 from service.transfer.reading import LineRefused, Options, Row, name, when
 
 VERSION = 1
-# Which server's project holds the tasks, and how far it was read: found anew by whoever has the rows.
-STAYS = frozenset({"labelling_projects", "exchange_retention"})
+# What an installation finds out about itself: which server's project holds its tasks, how far it has read and looked.
+STAYS = frozenset({"labelling_projects", "exchange_retention", "fold_progress"})
 FOR_THE_RECORD = (Night, NightEvent, LabelUse, Adapter, Evidence, Promotion)
 
 
@@ -106,16 +107,17 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _small(value: int) -> int | None:
-    """PostgreSQL's integer has 32 bits."""
-    return value if -(2**31) <= value < 2**31 else None
+def _within(value: int, bits: int) -> int | None:
+    """As PostgreSQL's integers are wide."""
+    return value if -(2 ** (bits - 1)) <= value < 2 ** (bits - 1) else None
 
 
 _KINDS: tuple[tuple[Any, Any, Callable[[Any], Any]], ...] = (
     (UtcDateTime, str | datetime, when),
     (Date, str, date.fromisoformat),
     (Boolean, bool, bool),
-    (Integer, int, _small),
+    (BigInteger, int, partial(_within, bits=64)),
+    (Integer, int, partial(_within, bits=32)),
     (Float, int | float, float),
     (String, str, _same),
 )
