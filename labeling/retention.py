@@ -9,14 +9,14 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import ColumnElement, delete, exists, tuple_
+from sqlalchemy import ColumnElement, delete, exists, or_, tuple_
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import col, select
+from sqlmodel import SQLModel, col, select
 
 from labeling.database import Database, insert_or_nothing, now
 from labeling.exchanges import link_waiting
-from labeling.tables import Exchange, ExchangeRetention, Feedback, GoodAnswer, ItemMember
+from labeling.tables import Exchange, ExchangeRetention
 
 log = structlog.get_logger(__name__)
 BATCH = 500
@@ -75,9 +75,10 @@ async def _delete(database: Database, project: str, identities: list[str]) -> in
 
 
 def _needed() -> ColumnElement[bool]:
-    tables = (Feedback, ItemMember, GoodAnswer)
-    first, second, third = (exists().where(col(table.exchange_id) == col(Exchange.id)) for table in tables)
-    return first | second | third
+    """By any foreign key of any table."""
+    keys = [key for table in SQLModel.metadata.tables.values() for key in table.foreign_keys]
+    ours = [key.parent for key in keys if key.column.table.name == Exchange.__tablename__]
+    return or_(*(exists().where(column == col(Exchange.id)) for column in ours))
 
 
 async def _count(database: Database, project: str, needed: int) -> None:

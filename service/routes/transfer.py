@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from litestar import Request, get, post
@@ -14,7 +14,9 @@ from litestar.response import Stream
 
 from labeling.database import Database
 from labeling.errors import InvalidInput, NotFound
+from labeling.reporters import Reporters
 from labeling.unlinked import unlinked_feedback
+from loop.settings import ProjectSettings
 from service.auth import KeyRing, Scope
 from service.transfer.exporting import chosen, exported
 from service.transfer.lines import Format, format_named, rows_of
@@ -34,7 +36,11 @@ class BadScale(InvalidInput):
     default_hint = "Write NAME=WORST:BEST, such as stars=1:5; errors=10:0 counts the other way round."
 
 
-def transfer_routes(database: Database, keys: KeyRing, projects: tuple[str, ...]) -> list[HTTPRouteHandler]:
+def transfer_routes(
+    database: Database, keys: KeyRing, reporters: Reporters, configured: Mapping[str, ProjectSettings]
+) -> list[HTTPRouteHandler]:
+    projects = tuple(configured)
+
     @post("/v1/import", status_code=200, tags=["transfer"], summary="A batch of lines of a file to import")
     async def import_lines(
         request: Request[Any, Any, Any],
@@ -52,7 +58,9 @@ def transfer_routes(database: Database, keys: KeyRing, projects: tuple[str, ...]
             raise UnknownTransferProject(f"no project {project!r}", hint=f"Configured: {', '.join(projects)}.")
         into = project or caller.project or ""
         only = projects[0] if len(projects) == 1 else ""
-        options = Options(into or only, into, scales_of(scale or ()), frozenset(skip or ()))
+        known_scales = metric_scales(configured[into or only]) if into or only else {}
+        scales = known_scales | scales_of(scale or ())
+        options = Options(into or only, into, scales, frozenset(skip or ()), reporters)
         body, known = await request.body(), format_named(form)
         # In a thread: requests of apps are not to wait for a megabyte of JSON.
         rows, outcome = await asyncio.to_thread(_read, body, known, options, first_line, projects)
@@ -89,6 +97,12 @@ def transfer_routes(database: Database, keys: KeyRing, projects: tuple[str, ...]
         return await unlinked_feedback(database, project, limit)
 
     return [import_lines, export_lines, show_unlinked]
+
+
+def metric_scales(project: ProjectSettings) -> dict[str, tuple[float, float]]:
+    """Of the metrics whose range the settings have."""
+    metrics = project.labeling.metrics.items()
+    return {name: (m.high, m.low) if m.optimize == "min" else (m.low, m.high) for name, m in metrics}
 
 
 def scales_of(given: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -42,7 +42,7 @@ def _read_body(row: Row, options: Options) -> Sequence[SQLModel]:
     """A body of POST /v1/feedback; beside its fields an id and created_at of its own."""
     said = {key: value for key, value in row.items() if key not in ("id", "created_at")}
     try:
-        found = feedback_row(parse(said), options.project, "")
+        found = feedback_row(parse(said), options.project, "", options.reporters)
     except InvalidFeedback as error:
         raise LineRefused("; ".join(f"{m['field']}: {m['message']}" for m in error.mistakes[:5])) from None
     found.id = name(row.get("id"), "id") or identity_of(options.project, row)

@@ -21,8 +21,18 @@ from loop.tables import Adapter, Evidence, LabelUse, Night, NightEvent, Promotio
 from service.transfer.reading import LineRefused, Options, Row, name, when
 
 VERSION = 1
-# What an installation finds out about itself: which server's project holds its tasks, how far it has read and looked.
-STAYS = frozenset({"labelling_projects", "exchange_retention", "fold_progress"})
+# What an installation finds out about itself (which server's project holds its tasks, how far it has read and looked,
+# what it counted today), and the secret that reporters are hashed with.
+STAYS = frozenset(
+    {
+        "labelling_projects",
+        "exchange_retention",
+        "fold_progress",
+        "entry_counts",
+        "entry_progress",
+        "reporter_salts",
+    }
+)
 FOR_THE_RECORD = (Night, NightEvent, LabelUse, Adapter, Evidence, Promotion)
 
 

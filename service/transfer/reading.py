@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from labeling.errors import InvalidInput
+from labeling.reporters import Reporters
 from labeling.tables import Exchange, Feedback, FeedbackKind
 
 Row = dict[str, Any]
@@ -36,6 +37,7 @@ class Options:
     into: str = ""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
+    reporters: Reporters = field(default_factory=Reporters)
 
 
 def when(*given: Any) -> datetime | None:
@@ -133,6 +135,7 @@ def feedback(options: Options, kind: FeedbackKind, **columns: Any) -> Feedback:
     """`created_at` None: nobody wrote down when it was."""
     if columns.get("created_at") is None:
         columns.pop("created_at", None)
+    columns["reporter"] = options.reporters.pseudonym(options.project, columns.get("reporter"))
     return Feedback(project=options.project, kind=kind, **columns)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from labeling.answers import answer_mistake
 from labeling.tables import Exchange, Feedback, FeedbackKind
+from labeling.tensorzero import METRIC_TAG, RESERVED
 from service.transfer.conversation import Messages, tool_calls_text
 from service.transfer.reading import (
     LineRefused,
@@ -29,7 +31,6 @@ from service.transfer.reading import (
 )
 
 INFERENCE = {"function_name", "variant_name", "episode_id"}
-OWN_METRIC = "tensorzero::"  # its evaluators' metrics, said by no user
 
 
 def fits(row: Row) -> bool:
@@ -46,7 +47,7 @@ def read(row: Row, options: Options) -> list[Exchange | Feedback]:
     if "value" not in row:
         raise LineRefused("a row of ModelInference: import ChatInference and JsonInference instead")
     metric = str(row.get("metric_name") or ("comment" if "target_id" in row else "demonstration"))
-    if metric in options.skip or metric.startswith(OWN_METRIC) or row.get("dryrun"):
+    if metric in options.skip or metric.startswith(RESERVED) or row.get("dryrun"):
         return []
     match metric:
         case "comment":
@@ -79,7 +80,9 @@ def _inference(row: Row, options: Options) -> Exchange:
 def _rating(row: Row, options: Options) -> Feedback:
     metric = needed(row, "metric_name")
     value = rating(row["value"], metric, options)
-    return _feedback(row, options, FeedbackKind.RATING, value=value, tags={"metric": metric, **texts(row.get("tags"))})
+    return _feedback(
+        row, options, FeedbackKind.RATING, value=value, tags={**texts(row.get("tags")), METRIC_TAG: metric}
+    )
 
 
 def _comment(row: Row, options: Options) -> Feedback:
@@ -91,8 +94,25 @@ def _comment(row: Row, options: Options) -> Feedback:
 def _demonstration(row: Row, options: Options) -> Feedback:
     if "inference_id" not in row:
         raise LineRefused("a demonstration belongs to an inference: inference_id is missing")
-    answer = _output(row["value"])
-    return _feedback(row, options, FeedbackKind.CORRECTION, value=answer, tags=texts(row.get("tags")))
+    value = _demonstrated(row["value"])
+    return _feedback(row, options, FeedbackKind.CORRECTION, value=value, tags=texts(row.get("tags")))
+
+
+def _demonstrated(value: Any) -> Any:
+    """Text; of tool calls alone, the assistant's message with them, which can be trained on as such."""
+    blocks = decoded(value)
+    calls = [block for block in blocks if _is(block, "tool_call")] if isinstance(blocks, list) else []
+    if not calls or any(_is(block, "text") for block in blocks):
+        return _output(value)
+    functions = [{"type": "function", "function": _call(block)} for block in calls]
+    message = {"role": "assistant", "content": None, "tool_calls": functions}
+    if mistake := answer_mistake(message):
+        raise LineRefused(f"a demonstration: {mistake}")
+    return message
+
+
+def _is(block: Any, kind: str) -> bool:
+    return isinstance(block, dict) and block.get("type") == kind
 
 
 def _feedback(row: Row, options: Options, kind: FeedbackKind, **columns: Any) -> Feedback:
@@ -184,7 +204,7 @@ def _output(value: Any) -> str:
     if isinstance(value, dict) and "raw" in value:
         value = value["raw"] if value["raw"] is not None else value.get("parsed")
     if isinstance(value, list) and all(isinstance(block, dict) for block in value):
-        said = "".join(as_text(_part(block)["text"]) for block in value if block.get("type") in ("text", "raw_text"))
+        said = "\n".join(as_text(_part(block)["text"]) for block in value if block.get("type") in ("text", "raw_text"))
         calls = [block for block in value if block.get("type") == "tool_call"]
         value = said or (tool_calls_text([_call(block) for block in calls]) if calls else "")
     answer = "" if value is None else as_text(value)

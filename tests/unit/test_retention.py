@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -11,14 +13,24 @@ import pytest
 from labeling import retention
 from labeling.database import Database, now
 from labeling.feedback import fold
+from labeling.label_studio import LabelStudioServer
 from labeling.retention import forget_old_exchanges
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, ExchangeRetention, Feedback, FeedbackKind
+from loop.aliases import NoGateway
+from loop.clients import Clients
+from loop.executors import LocalExecutor
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
+from loop.runner import Runner
+from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
+from loop.worker import Worker
 from service import app
 from tests.running import PROJECT, count, eventually, rows, service, settings_for
 from tests.unit.test_feedback import exchange, feedback, store
 
 OLD = timedelta(days=40)
+NOWHERE = "http://127.0.0.1:9"
 
 
 async def test_only_what_is_old_and_needed_by_nothing_goes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +76,37 @@ async def test_the_writer_is_free_between_batches(database: Database, monkeypatc
     monkeypatch.setattr(database, "write", counted)
     assert await forget_old_exchanges(database, PROJECT, 30) == 95
     assert transactions >= 10
+
+
+async def test_the_worker_looks(database: Database, tmp_path: Path) -> None:
+    """At its start and every hour, for each project by its own days; with every outside system down."""
+    await store(database, exchange(created_at=now() - OLD), exchange(project="other", created_at=now() - OLD))
+    known: dict[str, Any] = {"base_dir": "/models/base", "base_name": "base", "schedule": {"enabled": False}}
+    days = {PROJECT: 30, "other": 0}
+    projects = {
+        name: ProjectSettings.model_validate({**known, "name": name, "labeling": {"keep_exchanges_days": keep}})
+        for name, keep in days.items()
+    }
+    clients = Clients(
+        database=database,
+        label_studio=LabelStudioServer(NOWHERE, "unused"),
+        registry=Registry(MlflowSettings(url=NOWHERE)),
+        objects=open_store(ObjectStoreSettings(), tmp_path),
+        executor=LocalExecutor(),
+        replicas=(),
+        aliases=NoGateway(),
+    )
+    worker = Worker(Runner(clients, projects, EngineSettings(), tmp_path), MlflowSettings(url=NOWHERE))
+    await worker.start()
+    try:
+
+        async def gone() -> bool:
+            return {row.project for row in await rows(database, Exchange)} == {"other"}
+
+        await eventually(gone, seconds=20)
+    finally:
+        await worker.stop()
+        await clients.label_studio.close()
 
 
 async def test_metrics_tell_what_was_deleted(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

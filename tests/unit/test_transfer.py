@@ -16,7 +16,7 @@ from sqlmodel import SQLModel
 from labeling.agreement import settle
 from labeling.database import Database, now
 from labeling.feedback import fold
-from labeling.settings import LabelingSettings
+from labeling.settings import LabelingSettings, MetricSettings
 from labeling.tables import (
     Annotation,
     Exchange,
@@ -44,8 +44,11 @@ SETTINGS = LabelingSettings(held_out_share=0)
 @pytest.fixture
 async def running(database: Database) -> AsyncIterator[Service]:
     settings = settings_for(["http://127.0.0.1:9"], projects=(PROJECT, OTHER))
+    metrics = {"tries": MetricSettings(low=1, high=9, optimize="min")}
+    labeling = settings.projects[0].labeling.model_copy(update={"metrics": metrics})
+    projects = {project.name: project.model_copy(update={"labeling": labeling}) for project in settings.projects}
     state = assemble(settings, database)
-    routes = transfer_routes(database, state.keys, (PROJECT, OTHER))
+    routes = transfer_routes(database, state.keys, state.reporters, projects)
     async with serving(create_app(settings, state, extra_routes=routes)) as url:
         yield Service(url, settings, state)
 
@@ -141,6 +144,28 @@ async def test_a_metric_finds_its_inference_or_its_episode(
     assert {row.exchange_id for row in await rows(database, Feedback)} == {known.id}
     (item,) = await rows(database, ReviewItem)
     assert item.count == 2
+
+
+async def test_metrics_that_the_settings_know(database: Database, admin: httpx.AsyncClient) -> None:
+    """Their range and direction hold for an import as for POST /feedback; what is given with it comes first."""
+    rows_of = [{**METRIC, "target_id": EPISODE, "metric_name": "tries", "value": 3}]
+    await imported(admin, rows_of)
+    assert [row.value for row in await rows(database, Feedback)] == [0.75]
+    again = [{**rows_of[0], "id": INFERENCE}]
+    await imported(admin, again, scale="tries=1:5")
+    assert {row.value for row in await rows(database, Feedback)} == {0.75, 0.5}
+
+
+async def test_reporters_are_hashed(database: Database, admin: httpx.AsyncClient) -> None:
+    """Nobody's name is stored; the same person is the same pseudonym, also in what the app sends itself."""
+    flag = {"kind": "flag", "exchange_id": "c", "reporter": "ann", "id": "f1"}
+    await imported(admin, [flag, {**SCORE, "authorUserId": "ann"}, {**SCORE, "id": "sc2", "authorUserId": "bob"}])
+    known = {row.id: row.reporter for row in await rows(database, Feedback)}
+    assert known["f1"] == known["sc1"] != known["sc2"]
+    assert all(str(reporter).startswith("rp_") for reporter in known.values())
+    lines = await exported(admin)
+    assert {line["row"]["reporter"] for line in lines if line.get("table") == "feedback"} == set(known.values())
+    assert "reporter_salts" not in lines[-1]["end"]
 
 
 async def test_a_trace_score_is_of_its_last_generation(database: Database, admin: httpx.AsyncClient) -> None:

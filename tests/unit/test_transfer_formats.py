@@ -83,7 +83,7 @@ def test_tensorzero_feedback() -> None:
     boolean = one({"id": SAID, "target_id": INFERENCE, "metric_name": "solved", "value": False, "tags": {"who": "x"}})
     assert (boolean.id, boolean.kind, boolean.value) == (SAID, FeedbackKind.RATING, False)
     assert (boolean.completion_id, boolean.session_id) == (INFERENCE, INFERENCE)
-    assert boolean.tags == {"metric": "solved", "who": "x"}
+    assert boolean.tags == {"tensorzero::metric_name": "solved", "who": "x"}
     number = one({"id": SAID, "target_id": EPISODE, "metric_name": "stars", "value": 2})
     assert number.value == 0.25
     comment = one({"id": SAID, "target_id": EPISODE, "target_type": "episode", "value": "too long"})
@@ -99,6 +99,9 @@ def test_tensorzero_feedback() -> None:
     assert (one(body).value, one(body).id) == ("4 degrees", one(body).id)
     assert one(body).id != one({**body, "value": "5 degrees"}).id
     assert read({**body, "dryrun": True}) == []
+    called = one({**body, "value": [{"type": "tool_call", "id": "c", "name": "look", "arguments": '{"at": 1}'}]})
+    function = {"name": "look", "arguments": '{"at": 1}'}
+    assert called.value["tool_calls"] == [{"type": "function", "function": function}]
 
 
 LOGGED = {
