@@ -17,6 +17,7 @@ from sqlmodel import SQLModel
 
 import labeling.tables
 from labeling.database import UtcDateTime
+from labeling.reporters import PREFIX
 from loop.tables import Adapter, Evidence, LabelUse, Night, NightEvent, Promotion
 from service.transfer.reading import LineRefused, Options, Row, name, when
 
@@ -87,6 +88,9 @@ def row_of(model: type[SQLModel], given: Row, options: Options) -> SQLModel:
         raise LineRefused(f"{model.__tablename__}: {', '.join(missing)} is missing")
     if options.into and "project" in columns:
         values["project"] = options.into
+    reporter = values.get("reporter")
+    if isinstance(reporter, str) and not reporter.startswith(PREFIX):  # written by hand: an export has none in plain
+        values["reporter"] = options.reporters.pseudonym(values["project"], reporter)
     return model(**values)
 
 

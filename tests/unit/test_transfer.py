@@ -159,9 +159,11 @@ async def test_metrics_that_the_settings_know(database: Database, admin: httpx.A
 async def test_reporters_are_hashed(database: Database, admin: httpx.AsyncClient) -> None:
     """Nobody's name is stored; the same person is the same pseudonym, also in what the app sends itself."""
     flag = {"kind": "flag", "exchange_id": "c", "reporter": "ann", "id": "f1"}
-    await imported(admin, [flag, {**SCORE, "authorUserId": "ann"}, {**SCORE, "id": "sc2", "authorUserId": "bob"}])
+    by_hand = feedback(completion_id="d", reporter="ann", id="f2").model_dump(mode="json")
+    scores = [{**SCORE, "authorUserId": "ann"}, {**SCORE, "id": "sc2", "authorUserId": "bob"}]
+    await imported(admin, [flag, own("feedback", by_hand), *scores])
     known = {row.id: row.reporter for row in await rows(database, Feedback)}
-    assert known["f1"] == known["sc1"] != known["sc2"]
+    assert known["f1"] == known["f2"] == known["sc1"] != known["sc2"]
     assert all(str(reporter).startswith("rp_") for reporter in known.values())
     lines = await exported(admin)
     assert {line["row"]["reporter"] for line in lines if line.get("table") == "feedback"} == set(known.values())
