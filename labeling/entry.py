@@ -112,12 +112,14 @@ async def _count(session: AsyncSession, project: str, scope: str, name: str) -> 
     row = await session.get(EntryCount, (project, _today(), scope, name))
     if row is None:
         row = EntryCount(project=project, day=_today(), scope=scope, name=name)
+        if scope == ENTERED:  # the first of a rule today
+            await _forget_counts(session, project)
         session.add(row)
         await session.flush()  # so that the next `get` finds it
     row.count += 1
 
 
-async def forget_counts(session: AsyncSession, project: str) -> None:
+async def _forget_counts(session: AsyncSession, project: str) -> None:
     """Of caps, whose day is over."""
     passing = col(EntryCount.scope).not_in((LEFT_OUT, ENTERED))
     old = col(EntryCount.day) < _today() - timedelta(days=DAYS_KEPT)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, text, update
+from sqlalchemy import ColumnElement, update
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -25,6 +25,7 @@ from labeling.database import Database, insert_or_nothing, now
 from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
+from labeling.queue_lock import one_at_a_time
 from labeling.rescoring import rescore
 from labeling.sampling import sample
 from labeling.selection import chosen, place
@@ -55,7 +56,7 @@ async def _fold_all(database: Database, project: str, settings: LabelingSettings
     await folding.learn_older(database)
     while True:
         async with database.write() as session:
-            await _one_at_a_time(session, database, project)
+            await one_at_a_time(session, database, project)
             if not folded:
                 await link_waiting(session, project)
             waiting = await _unfolded(session, project)
@@ -87,7 +88,7 @@ async def _fold_these(
             cases = [_case(feedback, exchange) for feedback, exchange in await _rows(session, feedback_ids)]
         await folding.read({case.digest: case.messages for case in cases})
     async with database.write() as session:
-        await _one_at_a_time(session, database, folding.project)
+        await one_at_a_time(session, database, folding.project)
         found = await _rows(session, feedback_ids)
         return sum([await _fold_one(session, folding, feedback, exchange, settings) for feedback, exchange in found])
 
@@ -144,12 +145,6 @@ class _Case:
             case FeedbackKind.PREFERENCE:
                 return answer_text(value["chosen"])
         return None
-
-
-async def _one_at_a_time(session: AsyncSession, database: Database, project: str) -> None:
-    """SQLite has one writer anyway; on PostgreSQL two folds of a project would count the same feedback twice."""
-    if not database.is_sqlite:
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"fold:{project}"})
 
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:

@@ -47,7 +47,8 @@ class LabelledIndex:
         self.embedder = embedder
         self._rows = np.zeros((sample, embedder.dimensions), np.float32)
         self._place: OrderedDict[str, int] = OrderedDict()  # item id -> row, the oldest first
-        self._free = list(range(sample))[::-1]
+        self._free = list(range(sample))[::-1]  # the lowest is taken first: rows from `_unused` on were never taken
+        self._unused = 0
         self._known: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class LabelledIndex:
                 _, oldest = self._place.popitem(last=False)
                 self._free.append(oldest)
             row = self._free.pop()
+            self._unused = max(self._unused, row + 1)
             self._rows[row] = vector
             self._place[item_id] = row
 
@@ -77,7 +79,7 @@ class LabelledIndex:
             return []
         if not self._place:
             return [1.0] * len(texts)
-        nearest = (self.vectors(texts) @ self._rows.T).max(axis=1)
+        nearest = (self.vectors(texts) @ self._rows[: self._unused].T).max(axis=1)
         return [round(float(value), 4) for value in np.clip(1.0 - nearest, 0.0, 1.0)]
 
     def vectors(self, texts: Sequence[str]) -> Vectors:
@@ -126,7 +128,8 @@ class LabelledPrompts:
                 newest = ours.order_by(col(Label.updated_at).desc()).limit(SAMPLE)
                 return list((await session.execute(newest)).scalars())[::-1]
             since = ours.where(col(Label.updated_at) > self.changed_at - OVERLAP)
-            rows = (await session.execute(since.order_by(col(Label.updated_at)))).scalars()
+            some = since.order_by(col(Label.updated_at)).limit(READ_AT_ONCE + len(self._seen))
+            rows = (await session.execute(some)).scalars()
             return [label for label in rows if self._seen.get(label.item_id) != label.updated_at][:READ_AT_ONCE]
 
     def _take(self, labels: Sequence[Label]) -> None:

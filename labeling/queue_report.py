@@ -120,7 +120,11 @@ async def _held_back(session: AsyncSession, project: str) -> dict[str, dict[str,
         select(*columns).where(col(Feedback.project) == project, held).group_by(col(Feedback.entry))
     )
     return {
-        str(entry).removeprefix("held back: "): {"waiting": count, "oldest": str(oldest), "enters_from": str(until)}
+        str(entry).removeprefix("held back: "): {
+            "waiting": count,
+            "oldest": oldest.isoformat(),
+            "enters_from": until.isoformat(),
+        }
         for entry, count, oldest, until in rows
     }
 

@@ -16,6 +16,7 @@ from sqlmodel import col, select
 from labeling.database import Database, now
 from labeling.embeddings import embedder
 from labeling.labelled_index import asked_text, labelled_prompts
+from labeling.queue_lock import one_at_a_time
 from labeling.selection import place
 from labeling.settings import LabelingSettings, SelectionSettings
 from labeling.tables import Chosen, ItemState, ReviewItem
@@ -39,6 +40,7 @@ async def rescore(database: Database, project: str, settings: LabelingSettings) 
     for start in range(0, len(due), ROWS_PER_TRANSACTION):
         some = [item.id for item in due[start : start + ROWS_PER_TRANSACTION]]
         async with database.write() as session:
+            await one_at_a_time(session, database, project)
             await _score(session, {item_id: novelty[item_id] for item_id in some}, settings.selection, others)
     return len(due)
 
@@ -75,7 +77,7 @@ async def _others(session: AsyncSession, project: str) -> list[float]:
 async def _score(
     session: AsyncSession, novelty: dict[str, float], settings: SelectionSettings, others: Sequence[float]
 ) -> None:
-    """On the rows as they are now, in the order of their keys: folding may have counted meanwhile."""
+    """On the rows as they are now: folding may have counted meanwhile."""
     moment = now()
     for item_id in sorted(novelty):
         item = await session.get(ReviewItem, item_id, with_for_update=True)

@@ -10,11 +10,12 @@ from sqlmodel import col, select
 
 from labeling.database import Database, insert_or_nothing, new_id
 from labeling.entry import SAMPLED, UNLIKELY, in_share
+from labeling.exchanges import ROWS_PER_STATEMENT
 from labeling.settings import EntrySettings
 from labeling.tables import EntryProgress, Exchange, Feedback, FeedbackKind
 
 EVERYTHING, LOW_LOG_PROBABILITY = "everything", "low_log_probability"
-READ_AT_ONCE = 1000
+READ_AT_ONCE = 5000
 SETTLED_MS = 120_000  # capture stores an exchange at most so long after it was given its id
 OWN_SEVERITY = 0.3  # nobody has complained
 
@@ -24,36 +25,45 @@ async def sample(database: Database, project: str, entry: EntrySettings) -> int:
     drawn = 0
     while entry.everything:
         async with database.write() as session:
-            exchanges = await next_exchanges(session, project, EVERYTHING, READ_AT_ONCE)
-            own = [own_flag(one, SAMPLED) for one in exchanges if in_share(f"sample: {one.id}", entry.everything)]
-            if own:
-                await session.execute(insert_or_nothing(session, *own))
-            if exchanges:
-                await move_on(session, project, EVERYTHING, exchanges[-1].id)
+            ids = await next_ids(session, project, EVERYTHING)
+            chosen = [one for one in ids if in_share(f"sample: {one}", entry.everything)]
+            own = [own_flag(exchange, SAMPLED) for exchange in await _exchanges(session, chosen)]
+            for start in range(0, len(own), ROWS_PER_STATEMENT):
+                await session.execute(insert_or_nothing(session, *own[start : start + ROWS_PER_STATEMENT]))
+            if ids:
+                await move_on(session, project, EVERYTHING, ids[-1])
         drawn += len(own)
-        if len(exchanges) < READ_AT_ONCE:
+        if len(ids) < READ_AT_ONCE:
             break
     return drawn
 
 
-async def next_exchanges(session: AsyncSession, project: str, rule: str, limit: int) -> list[Exchange]:
-    """The oldest that the rule has not looked at; nothing at its first call, which only marks the place."""
+async def next_ids(session: AsyncSession, project: str, rule: str) -> list[str]:
+    """Of the oldest exchanges that the rule has not looked at; none at its first call, which only marks the place."""
     progress = await session.get(EntryProgress, (project, rule), with_for_update=True)
     settled = settled_id()
     if progress is None:
         await move_on(session, project, rule, settled)
         return []
     rows = (
-        select(Exchange)
+        select(Exchange.id)
         .where(
             col(Exchange.project) == project,
             col(Exchange.id) > progress.exchange_id,
             col(Exchange.id) < settled,
         )
         .order_by(col(Exchange.id))
-        .limit(limit)
+        .limit(READ_AT_ONCE)
     )
     return list((await session.execute(rows)).scalars())
+
+
+async def _exchanges(session: AsyncSession, ids: list[str]) -> list[Exchange]:
+    found: list[Exchange] = []
+    for start in range(0, len(ids), ROWS_PER_STATEMENT):
+        some = col(Exchange.id).in_(ids[start : start + ROWS_PER_STATEMENT])
+        found += (await session.execute(select(Exchange).where(some))).scalars()
+    return found
 
 
 async def move_on(session: AsyncSession, project: str, rule: str, exchange_id: str) -> None:

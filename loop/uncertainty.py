@@ -19,7 +19,7 @@ from labeling.database import insert_or_nothing, now
 from labeling.embeddings import embedder
 from labeling.entry import UNLIKELY, in_share
 from labeling.errors import InvalidInput, NotFound
-from labeling.sampling import LOW_LOG_PROBABILITY, move_on, next_exchanges, own_flag
+from labeling.sampling import LOW_LOG_PROBABILITY, move_on, next_ids, own_flag
 from labeling.tables import Exchange, ReviewItem
 from loop.clients import Clients
 from loop.serving import get_serving
@@ -30,7 +30,6 @@ from loop.vllm import Message, Replica
 log = structlog.get_logger()
 AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 LONGEST_NIGHT = timedelta(days=8)
-READ_AT_ONCE = 500
 TEMPERATURE = 0.8
 ANOTHER_ANSWER = "0"
 BYTES_A_TOKEN = 3
@@ -125,25 +124,41 @@ async def find_unlikely(clients: Clients, project: ProjectSettings) -> int:
     if entry.low_log_probability is None or await _night_at_work(clients):
         return 0
     async with clients.database.write() as session:
-        exchanges = await next_exchanges(session, project.name, LOW_LOG_PROBABILITY, READ_AT_ONCE)
-    if not exchanges:
+        ids = await next_ids(session, project.name, LOW_LOG_PROBABILITY)
+    if not ids:
         return 0
     replica = clients.replicas[0]
     served = set(await replica.models())
-    entered = looked_at = 0
-    for exchange in exchanges:
-        low = False
-        if in_share(f"unlikely: {exchange.id}", entry.low_log_probability_share) and exchange.served in served:
-            if looked_at == project.labeling.selection.measured_at_once or await _night_at_work(clients):
-                break
-            looked_at += 1
-            low = await _is_below(replica, exchange, entry.low_log_probability)
+    looked_at = [one for one in ids if in_share(f"unlikely: {one}", entry.low_log_probability_share)]
+    now_measured = looked_at[: project.labeling.selection.measured_at_once]
+    entered = 0
+    for exchange_id in now_measured:
+        if await _night_at_work(clients):
+            return entered
+        entered += await _enters(clients, replica, project, exchange_id, served)
+    if len(now_measured) == len(looked_at):
         async with clients.database.write() as session:
-            if low:
-                await session.execute(insert_or_nothing(session, own_flag(exchange, UNLIKELY)))
-            await move_on(session, project.name, LOW_LOG_PROBABILITY, exchange.id)
-        entered += low
+            await move_on(session, project.name, LOW_LOG_PROBABILITY, ids[-1])
     return entered
+
+
+async def _enters(
+    clients: Clients, replica: Replica, project: ProjectSettings, exchange_id: str, served: set[str]
+) -> bool:
+    async with clients.database.read() as session:
+        exchange = await session.get(Exchange, exchange_id)
+    threshold = project.labeling.entry.low_log_probability
+    low = (
+        exchange is not None
+        and threshold is not None
+        and exchange.served in served
+        and await _is_below(replica, exchange, threshold)
+    )
+    async with clients.database.write() as session:
+        if low and exchange is not None:
+            await session.execute(insert_or_nothing(session, own_flag(exchange, UNLIKELY)))
+        await move_on(session, project.name, LOW_LOG_PROBABILITY, exchange_id)
+    return low
 
 
 async def _is_below(replica: Replica, exchange: Exchange, threshold: float) -> bool:

@@ -24,7 +24,7 @@ from labeling.tables import Chosen, ReviewItem
 from service.bench.figure import Figure, Say
 from service.bench.selection_world import Company, Floats, Learner, generate
 
-COMPANIES = 8
+COMPANIES = 12
 FIRST_SEED = 100
 NIGHTS = 20
 REQUESTS_A_DAY = 400

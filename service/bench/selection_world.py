@@ -114,15 +114,16 @@ class Learner:
     def __init__(self, company: Company) -> None:
         self._company = company
         size = company.vectors.shape[1]
-        self._gram, self._targets = self.RIDGE * np.eye(size), np.zeros((size, company.facts))
+        self._inverse, self._targets = np.eye(size) / self.RIDGE, np.zeros((size, company.facts))
         self.learn(np.flatnonzero(company.known))
 
     def learn(self, questions: NDArray[np.int64]) -> None:
-        """Their right answers."""
+        """Their right answers; the inverse of the Gram matrix follows by Woodbury's identity."""
         rows = self._company.vectors[questions]
-        self._gram += rows.T @ rows
+        reached = self._inverse @ rows.T
+        self._inverse -= reached @ np.linalg.solve(np.eye(len(rows)) + rows @ reached, reached.T)
         np.add.at(self._targets.T, self._company.fact[questions], rows)
-        scores = self._company.vectors @ np.linalg.solve(self._gram, self._targets)
+        scores = self._company.vectors @ (self._inverse @ self._targets)
         self.answers = scores.argmax(axis=1)
         scores -= scores.max(axis=1, keepdims=True)
         self.uncertainty = 1.0 - 1.0 / np.exp(scores / self.TEMPERATURE).sum(axis=1)

@@ -12,7 +12,9 @@ from rich.table import Column, Table
 
 from service.commands.local_api import Api, with_api
 
-PROMPT_SHOWN = 60
+PROMPT_SHOWN = 100
+FACTORS = ("severity", "uncertainty", "novelty", "traffic")
+WORDS = {"score": "by score ", "random": "at random"}
 
 
 def report(path: Path, *, project: str | None, as_json: bool) -> None:
@@ -24,7 +26,7 @@ def report(path: Path, *, project: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    console = Console()
+    console = Console(soft_wrap=True)
     oldest = found["oldest"]
     age = f", the oldest for {oldest['hours']:g} hours" if oldest else ""
     console.print(f"[bold]{escape(found['project'])}[/]: {found['length']} items wait{age}")
@@ -41,7 +43,7 @@ def report(path: Path, *, project: str | None, as_json: bool) -> None:
 def _states(found: dict[str, Any]) -> Table:
     table = Table("items", *[Column(state, justify="right") for state in found["states"]])
     for chosen, states in found["chosen"].items():
-        table.add_row(f"by {chosen}", *[str(states.get(state, 0)) for state in found["states"]])
+        table.add_row(WORDS[chosen], *[str(states.get(state, 0)) for state in found["states"]])
     return table
 
 
@@ -52,7 +54,8 @@ def _entry(entry: dict[str, Any]) -> list[str]:
         if rules
     ]
     for cap, held in entry["held_back"].items():
-        lines.append(f"held back by the cap per {cap}: {held['waiting']}, from {held['enters_from']} on they enter")
+        until = held["enters_from"][:16].replace("T", " ")
+        lines.append(f"held back by the cap per {cap}: {held['waiting']}, which enter from {until} UTC on")
     return lines
 
 
@@ -86,14 +89,18 @@ def show_next(path: Path, *, project: str | None, limit: int, as_json: bool) -> 
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    factors = ("severity", "uncertainty", "novelty", "traffic")
-    table = Table("score", "by", *factors, "reported", "prompt", "state")
+    console = Console(soft_wrap=True, highlight=False)
     for row in rows:
-        cells = [f"{row['factors'].get(name, 0):.2f}" for name in factors]
-        known = [cell if _known(row, name) else f"{cell}?" for cell, name in zip(cells, factors, strict=True)]
-        prompt = " ".join(row["prompt"].split())[:PROMPT_SHOWN]
-        table.add_row(f"{row['score']:.3f}", row["chosen"], *known, str(row["count"]), escape(prompt), row["state"])
-    Console().print(table if rows else "Nothing waits.")
+        found = "  ".join(_factor(row, name) for name in FACTORS)
+        console.print(f"[bold]{row['score']:.3f}[/] {WORDS[row['chosen']]}  {found} ({row['count']} reports)")
+        console.print(f"      {escape(' '.join(row['prompt'].split())[:PROMPT_SHOWN])}")
+    if not rows:
+        console.print("Nothing waits.")
+
+
+def _factor(row: dict[str, Any], name: str) -> str:
+    """Not known is marked."""
+    return f"{name} {row['factors'].get(name, 0):.2f}{'' if _known(row, name) else '?'}"
 
 
 def _known(row: dict[str, Any], factor: str) -> bool:

@@ -115,6 +115,18 @@ async def test_caps_per_key_item_and_project(database: Database) -> None:
     assert (await entries(database))["held back: project"] == 2
 
 
+async def test_counts_of_caps_are_forgotten_when_their_day_is_over(database: Database) -> None:
+    """A row a reporter and day would grow for ever; what rules have let in and left out is kept."""
+    old = now().date() - timedelta(days=10)
+    scopes = (("reporter", "me"), ("item", "it_1"), ("left out", "flags"), ("entered", "flags"))
+    counts = [EntryCount(project=PROJECT, day=old, scope=scope, name=name, count=1) for scope, name in scopes]
+    today = EntryCount(project=PROJECT, day=now().date(), scope="reporter", name="you", count=1)
+    await store(database, *counts, today, feedback(reporter="me"))
+    await fold(database, PROJECT, settings())
+    left = {(row.scope, row.day == old) for row in await rows(database, EntryCount)}
+    assert left == {("left out", True), ("entered", True), ("entered", False), ("reporter", False)}
+
+
 async def test_a_share_of_everything(database: Database) -> None:
     """Exchanges nobody spoke of enter once, as feedback of our own; those before the rule was there don't."""
     rule = settings(everything=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import date, timedelta
 from pathlib import Path
@@ -25,9 +26,12 @@ from loop.object_store import open_store
 from loop.settings import MlflowSettings, ObjectStoreSettings
 from loop.tables import LabelUse, Night, NightState, Promotion, StageMarker
 from service.app import assemble, create_app
+from service.commands import queue as commands
+from service.migrations import upgrade
 from service.routes.nights import NightDesk
 from service.routes.pages import page_routes
 from service.routes.queue import queue_routes
+from service.settings import load
 from tests.running import PROJECT, Service, serving, settings_for
 
 NOWHERE = "http://127.0.0.1:9"
@@ -196,3 +200,60 @@ async def test_routes_and_page(database: Database, tmp_path: Path) -> None:
     assert set(head[0]["factors"]) == {"severity", "uncertainty", "novelty", "traffic"}
     assert "1 wait, the oldest for" in page
     await clients.label_studio.close()
+
+
+SETTINGS = """
+[vllm]
+managed = false
+replicas = [{ url = "http://127.0.0.1:9" }]
+[label_studio]
+managed = false
+[mlflow]
+managed = false
+url = "http://127.0.0.1:9"
+[[projects]]
+name = "support-bot"
+base_dir = "base"
+base_name = "base"
+"""
+
+
+def test_commands_tell_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`queue report` and `queue next` without a running process: what waits, who is held back, why in that order."""
+    path = tmp_path / "nightschool.toml"
+    path.write_text(SETTINGS, encoding="utf-8")
+    url = load(path).model_copy(update={"data_dir": tmp_path / "nightschool-data"}).database_url
+    (tmp_path / "nightschool-data").mkdir()
+    upgrade(url)
+    asyncio.run(_flagged(url))
+    path.write_text(f'data_dir = "{tmp_path}/nightschool-data"\n{SETTINGS}', encoding="utf-8")
+    commands.report(path, project=None, as_json=False)
+    told = capsys.readouterr().out
+    assert "2 items wait" in told
+    assert "held back by the cap per reporter: 1, which enter from" in told
+    assert "nothing to compare yet" in told
+    commands.show_next(path, project=None, limit=5, as_json=False)
+    told = capsys.readouterr().out
+    assert told.index("Severe [one]?") < told.index("Mild?"), "in the queue's order"
+    assert "uncertainty 0.55?" in told
+    assert "novelty 1.00 " in told
+
+
+async def _flagged(url: str) -> None:
+    database = Database(url)
+    asked = {"Mild?": 0.1, "Severe [one]?": 1.0, "Too much?": 1.0}
+    flags = [
+        Feedback(
+            project=PROJECT,
+            kind=FeedbackKind.FLAG,
+            messages=[{"role": "user", "content": text}],
+            answer="So.",
+            severity=severity,
+            reporter="me",
+        )
+        for text, severity in asked.items()
+    ]
+    await store(database, flags)
+    rules = {"entry": {"reporter_per_day": 2}, "selection": {"random_share": 0}}
+    await fold(database, PROJECT, LabelingSettings.model_validate(rules))
+    await database.close()
