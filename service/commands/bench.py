@@ -14,7 +14,13 @@ from labeling.errors import InvalidInput
 from service.bench.figure import Figure, Say
 
 # name -> module of service.bench; each has `run(say) -> list[Figure]`.
-BENCHES: dict[str, str] = {"ingest": "ingest", "labelling": "labelling", "selection": "selection"}
+BENCHES: dict[str, str] = {
+    "dedup": "dedup",
+    "ingest": "ingest",
+    "labelling": "labelling",
+    "queue": "queue",
+    "selection": "selection",
+}
 
 
 class UnknownBench(InvalidInput):
