@@ -29,12 +29,13 @@ from labeling.wording import holds_code_block, text_parts
 
 LONGEST = 20_000  # characters; a longer prompt folds with identical ones only
 SHORTEST_MISSPELT = 5  # letters: in shorter words one changed letter is mostly another word
+WRAPPED_AT_MOST = 8  # greetings and the like around one question
 MOVED_AT_MOST = 2  # with more of them, their order is part of the meaning
 THE_FROM = 6  # words: "what is the matrix" is not "what is matrix"
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "…": "."})
 _OUTSIDE = " \t\n.,;:!?\"'«»¿¡"
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-_CODE = re.compile(r"[_\\{}<>=\[\]|`$~^]|;$|\w\(|\w\.\w+\(|://|\b[a-z]+[A-Z]\w*\(|^\s{2,}\S", re.MULTILINE)
+_CODE = re.compile(r"[_\\{}<>=\[\]|`$~^]|;$|\w\(|\w\.\w+\(|://|\b[a-z]+[A-Z]\w*\(|^[ \t]{2,}\S", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"[\[<{][A-Z][A-Z0-9_ ]*[\]>}]")
 _SENTENCE_END = (".", "?", "!", ":", ";")
 
@@ -168,11 +169,11 @@ def _read(core: str, starts_sentence: bool, shouted: bool) -> list[Token]:
 
 
 def _unwrapped(tokens: list[Token]) -> list[Token]:
-    while len(tokens) > 1:
+    for _ in range(WRAPPED_AT_MOST):
         line = " ".join(token.text for token in tokens)
         lead, tail = LEADING.match(line), TRAILING.search(line)
         if lead is not None and _addresses(lead, tokens):
-            tokens = tokens[lead[0].count(" ") :]
+            tokens = tokens[lead[0].count(" ") :]  # never all of them: a blank stands behind what was matched
         elif tail is not None and _closes(tail, tokens):
             tokens = tokens[: -tail[0].count(" ")]
         else:

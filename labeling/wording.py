@@ -8,7 +8,7 @@ from typing import Any
 
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-"})
 _INDENTED = re.compile(r"^(?: {2,}|\t)\S", re.MULTILINE)
-_STATEMENT = re.compile(r"[;:{}()\[\]=]\s*$", re.MULTILINE)
+_STATEMENT = re.compile(r"[;:{}()\[\]=][ \t]*$", re.MULTILINE)
 _EDGES = " \t\n.,;:!?\"'"
 
 

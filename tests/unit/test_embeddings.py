@@ -11,6 +11,8 @@ import pytest
 
 from labeling.embeddings import Embedder, HashedNgrams, embedder
 from labeling.sentence_model import SentenceModel, SentenceModelUnfit
+from service.commands.doctor import examine
+from service.settings import Settings
 from tests.unit.test_imports import loaded
 
 SPOKEN = "who founded the shop ? when does it open is a b c d e"
@@ -105,6 +107,20 @@ def test_unfit_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
             SentenceModel(_but(good, tmp_path / f"c-{name}", name, "{damaged"))
     with pytest.raises(SentenceModelUnfit, match="by max"):
         SentenceModel(_but(good, tmp_path / "d", "1_Pooling/config.json", '{"pooling_mode_max_tokens": true}'))
+
+
+async def test_doctor_tries_the_model(tmp_path: Path) -> None:
+    """One finding a folder: its name, or the reason and the cure."""
+    good, bad = written(tmp_path / "good", "bert"), tmp_path / "bad"
+    projects = [
+        {"name": f"p{number}", "base_dir": "/m", "base_name": "b", "labeling": {"embedding_model_dir": folder}}
+        for number, folder in enumerate((good, bad, bad))
+    ]
+    settings = Settings.model_validate({"data_dir": tmp_path / "data", "projects": projects})
+    found = [finding for finding in await examine(settings) if finding.name == "embedding_model"]
+    assert [finding.level for finding in found] == ["ok", "trouble"]
+    assert "32 dimensions" in found[0].detail
+    assert "embedding_model_dir" in found[1].cure
 
 
 def _but(good: Path, folder: Path, name: str, content: str | None) -> Path:

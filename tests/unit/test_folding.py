@@ -136,6 +136,15 @@ def test_only_the_last_question_may_be_worded_otherwise(one: Any, other: Any) ->
     assert not same_question(one, other)
 
 
+def test_hostile_text_is_not_looked_through_again_and_again() -> None:
+    """Megabytes of marks and blanks would keep a fold busy for hours; greetings are taken off a few times only."""
+    for text in (":" * 500_000 + "\n" * 500_000, " " * 1_000_000 + "x", "{\n" * 500_000):
+        prompt_digest(asked(text))
+    form = question_form(asked("please " * 2_800))
+    assert form is not None
+    assert len(form.tokens) > 2_700
+
+
 def test_words_are_known_in_several_languages() -> None:
     """What the comparison of misspellings rests on."""
     assert all(map(is_common, ("address", "suscripción", "arbeiten", "recevoir", "bestelling")))
