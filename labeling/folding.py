@@ -112,27 +112,29 @@ class Folding:
     async def _same(self, session: AsyncSession, prompt: Prompt) -> str | None:
         if prompt.form is None:
             return None
-        for digest, messages in await session.execute(self._proposed(prompt.form.key)):
-            form = question_form(messages)
+        for item in await self._proposed(session, prompt.form.key):
+            form = question_form(item.messages)
             if form is not None and same_form(prompt.form, form):
-                return str(digest)
+                return item.prompt_digest
         return None
 
-    def _proposed(self, key: int) -> Any:
-        """Items whose own prompt has this key: a handful, and one mostly."""
+    async def _proposed(self, session: AsyncSession, key: int) -> list[ReviewItem]:
+        """Items whose own prompt has this key: a handful, and one mostly.
+
+        In two steps, each of one index: of a join, a planner without statistics may read all items in their order.
+        """
         own = col(ItemWording.item_digest) == col(ItemWording.prompt_digest)
-        first = (
-            (col(ReviewItem.project) == col(ItemWording.project))
-            & (col(ReviewItem.prompt_digest) == col(ItemWording.prompt_digest))
-            & (col(ReviewItem.round) == 1)
-        )
-        return (
-            select(col(ReviewItem.prompt_digest), col(ReviewItem.messages))
-            .join(ItemWording, first)
+        wordings = (
+            select(ItemWording.prompt_digest)
             .where(col(ItemWording.project) == self.project, col(ItemWording.near_key) == key, own)
-            .order_by(col(ReviewItem.id))
             .limit(PROPOSED_AT_MOST)
         )
+        digests = list((await session.execute(wordings)).scalars())
+        if not digests:
+            return []
+        mine = (col(ReviewItem.project) == self.project) & col(ReviewItem.prompt_digest).in_(digests)
+        items = (await session.execute(select(ReviewItem).where(mine, col(ReviewItem.round) == 1))).scalars()
+        return sorted(items, key=lambda item: item.id)
 
     def _row(self, prompt: Prompt, item_digest: str) -> ItemWording:
         key = prompt.form.key if prompt.form else None

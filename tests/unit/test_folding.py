@@ -320,3 +320,21 @@ def test_pairs_are_well_formed() -> None:
     assert max(seen.values()) == 1
     assert {pair["part"] for pair in PAIRS} == {"tuning", "held_out"}
     assert {pair["relation"] for pair in PAIRS} == {"wording", "meaning", "different"}
+
+
+async def test_every_look_up_is_by_an_index(database: Database) -> None:
+    """SQLite's own plan of each statement of a fold: none reads a table through, nor all rows of a project."""
+    if not database.is_sqlite:
+        pytest.skip("plans of an empty PostgreSQL say nothing")
+    await flagged(database, FIRST)
+    statements: list[tuple[str, Any]] = []
+    event.listen(database.engine.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+    await flagged(database, SECOND, OTHER)
+    asked_for = [(text, values) for text, values in statements if text.startswith(("SELECT", "UPDATE"))]
+    assert len(asked_for) > 20
+    async with database.engine.connect() as connection:
+        for text, values in asked_for:
+            plan = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)
+            for line in [row[3] for row in plan]:
+                assert not line.startswith(("SCAN exch", "SCAN feed", "SCAN item", "SCAN rev")), (line, text)
+                assert "(project=?)" not in line, (line, text)
