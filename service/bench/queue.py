@@ -60,7 +60,8 @@ async def _turns(few: Database, many: Database, settings: LabelingSettings, say:
     """Median seconds of one more, each side."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(WARM_UP + TURNS):
-        for database, seconds in zip((few, many), times, strict=True):
+        sides = list(zip((few, many), times, strict=True))
+        for database, seconds in sides if turn // 2 % 2 else reversed(sides):
             seconds.append(await _one_more(database, turn, settings))
     with_few, with_many = (statistics.median(seconds[WARM_UP:]) for seconds in times)
     say(f"queue: {settings.fold}: {with_few * 1e3:.2f} ms with {FEW:,}, {with_many * 1e3:.2f} ms with {MANY:,}")
