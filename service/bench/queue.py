@@ -26,7 +26,7 @@ from service.bench.figure import Bar, Figure, Say
 
 FEW, MANY = 10_000, 1_000_000
 PROJECT = "bench"
-TURNS = 150  # at each level of folding
+TURNS = 300  # at each level of folding
 WARM_UP = 10
 OPEN_TASKS = 500
 ROOM = 50  # how many tasks the push may choose
