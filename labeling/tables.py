@@ -68,14 +68,16 @@ class Exchange(SQLModel, table=True):
     __tablename__ = "exchanges"
     __table_args__ = (
         UniqueConstraint("project", "completion_id"),
-        Index("ix_exchanges_request", "project", "request_id"),
+        # With the time: without it, SQLite reads a project's exchanges by age to find the newest of a request.
+        Index("ix_exchanges_request", "project", "request_id", "created_at"),
+        Index("ix_exchanges_session", "project", "session_id", "created_at"),
         Index("ix_exchanges_age", "project", "created_at", "id"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("ex"))
     project: str
     completion_id: str
     request_id: str | None = None
-    session_id: str | None = Field(default=None, index=True)
+    session_id: str | None = None
     served: str  # the immutable name that answered, `support-bot@v2` or the base's
     messages: list[dict[str, Any]] = Field(sa_column=_json())  # a plain prompt is one user message
     parameters: dict[str, Any] = Field(sa_column=_json())

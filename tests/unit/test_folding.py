@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from datetime import timedelta
 from itertools import combinations
@@ -337,4 +338,6 @@ async def test_every_look_up_is_by_an_index(database: Database) -> None:
             plan = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)
             for line in [row[3] for row in plan]:
                 assert not line.startswith(("SCAN exch", "SCAN feed", "SCAN item", "SCAN rev")), (line, text)
-                assert "(project=?)" not in line, (line, text)
+                newest = re.search(r"WHERE \w+\.project = \? ORDER BY .*\s+LIMIT", text)  # the index's first few
+                assert "(project=?)" not in line or newest, (line, text)
+                assert "ix_exchanges_age" not in line, (line, text)

@@ -62,8 +62,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("project", "completion_id"),
     )
     op.create_index("ix_exchanges_age", "exchanges", ["project", "created_at", "id"], unique=False)
-    op.create_index("ix_exchanges_request", "exchanges", ["project", "request_id"], unique=False)
-    op.create_index(op.f("ix_exchanges_session_id"), "exchanges", ["session_id"], unique=False)
+    op.create_index("ix_exchanges_request", "exchanges", ["project", "request_id", "created_at"], unique=False)
+    op.create_index("ix_exchanges_session", "exchanges", ["project", "session_id", "created_at"], unique=False)
     op.create_table(
         "exchange_retention",
         sa.Column("project", sa.String(), nullable=False),
@@ -469,7 +469,7 @@ def downgrade() -> None:
     op.drop_table("labelling_projects")
     op.drop_table("idempotent_answers")
     op.drop_table("exchange_retention")
-    op.drop_index(op.f("ix_exchanges_session_id"), table_name="exchanges")
+    op.drop_index("ix_exchanges_session", table_name="exchanges")
     op.drop_index("ix_exchanges_request", table_name="exchanges")
     op.drop_index("ix_exchanges_age", table_name="exchanges")
     op.drop_table("exchanges")
