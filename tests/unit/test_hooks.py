@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +15,16 @@ import pytest
 from labeling.database import Database
 from labeling.label_studio import LabelStudioServer
 from labeling.label_studio_webhook import HEADER, hook_path, hook_secret
+from labeling.tables import ArchivedTask, ReviewItem
+from service import installation
+from service.commands import labels
 from service.hints import Announcer, listen
 from service.metrics import Metrics
+from service.migrations import upgrade
 from service.routes.hooks import hook_routes
 from service.servers import HOOK_HOST, banned_subnets
+from service.settings import load
+from service.stack import Stack
 from tests.running import eventually, service, settings_for
 
 LABEL_STUDIO = LabelStudioServer("http://127.0.0.1:9", "0" * 40)
@@ -112,3 +121,64 @@ async def test_hints_reach_the_process_that_works(postgres_database: str) -> Non
     await asyncio.gather(listening, return_exceptions=True)
     await serving.close()
     await working.close()
+
+
+def installed(tmp_path: Path, **label_studio: Any) -> Path:
+    """A settings file of one project, with nothing behind its addresses."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    given = "".join(f"{name} = {json.dumps(value)}\n" for name, value in label_studio.items())
+    path = tmp_path / "nightschool.toml"
+    path.write_text(
+        f'data_dir = "{tmp_path / "data"}"\n[http]\nport = 0\n[label_studio]\n{given}'
+        '[vllm]\nmanaged = false\n[[vllm.replicas]]\nurl = "http://127.0.0.1:9"\n[mlflow]\nurl = "http://127.0.0.1:9"\n'
+        '[[projects]]\nname = "app"\nbase_dir = "/nowhere"\nbase_name = "base"\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+async def test_a_managed_label_studio_finds_our_hooks_at_a_door_of_its_own(tmp_path: Path) -> None:
+    """Both doors lead to one application; where Label Studio is yours, there is one."""
+    settings = load(installed(tmp_path, managed=True))
+    stack = Stack((), "http://127.0.0.1:9", "0" * 40, "http://127.0.0.1:9")
+    front, hooks = installation.listen(settings), installation.listen_for_hooks(settings)
+    assert hooks is not None
+    assert installation.address(hooks).startswith(f"http://{HOOK_HOST}:")
+    async with (
+        installation.compose(settings, stack, None, work=True, hook_url=installation.address(hooks)) as composed,
+        installation.http_server(composed, front, hooks),
+        httpx.AsyncClient(trust_env=False, headers={HEADER: hook_secret(LABEL_STUDIO, "app")}) as client,
+    ):
+        assert composed.worker is not None
+        assert composed.worker.hook_url == installation.address(hooks)
+        for door in (front, hooks):
+            assert (await client.post(installation.address(door) + hook_path("app"))).status_code == 204
+            assert (await client.post(installation.address(door) + hook_path("no"))).status_code == 401
+    url = installed(tmp_path, managed=True, webhook_url="https://nightschool.example.org")
+    assert installation.listen_for_hooks(load(url)) is None
+
+
+def test_archived_tasks_are_printed_whole_however_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Page by page, one JSON line each."""
+    path = installed(tmp_path, managed=True)
+    settings = load(path)
+    upgrade(settings.database_url)
+    asyncio.run(_archive(settings.database_url, 450))
+    labels.archived(path, project=None)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["data"]["number"] for line in lines] == list(range(450))
+    assert len({line["item_id"] for line in lines}) == 450
+
+
+async def _archive(url: str, count: int) -> None:
+    database = Database(url)
+    async with database.write() as session:
+        for number in range(count):
+            item = ReviewItem(
+                id=f"it_{number:04}", project="app", prompt_digest=str(number), messages=[], answer="", score=0.5
+            )
+            session.add(item)
+            await session.flush()
+            task = {"data": {"number": number}, "annotations": []}
+            session.add(ArchivedTask(item_id=item.id, project="app", labelling_project=1, task_id=number, task=task))
+    await database.close()
