@@ -70,6 +70,12 @@ def insert_or_nothing(session: AsyncSession, *rows: SQLModel) -> Insert:
     return build(type(rows[0])).values([row.model_dump() for row in rows]).on_conflict_do_nothing()
 
 
+async def one_at_a_time(session: AsyncSession, name: str) -> None:
+    """Until the transaction ends, on PostgreSQL; SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": name})
+
+
 def enum_column(kind: type[StrEnum]) -> Any:
     """Stores the values as plain text: readable in SQL, and a new value needs no migration of a type."""
     values = Enum(

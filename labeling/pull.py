@@ -18,7 +18,7 @@ from sqlmodel import col, select
 
 from labeling.agreement import settle
 from labeling.archive import archive
-from labeling.database import Database, now
+from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenAnnotation, SeenTask
 from labeling.label_studio_http import LabelStudioNotFound
 from labeling.labeling_screen import read_result
@@ -46,9 +46,14 @@ class PullReport:
 
 
 async def pull(
-    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings, *, sweep: bool = False
+    database: Database,
+    server: LabelStudioServer,
+    project: str,
+    settings: LabelingSettings,
+    *,
+    sweep: bool | None = None,
 ) -> PullReport:
-    """`sweep` compares everything even when it is not due yet, as a night does."""
+    """`sweep` compares everything even when it is not due yet, as a night does; False never does, None when due."""
     report = PullReport()
     target = first = await labelling_project(database, server, project, settings)
     try:
@@ -57,7 +62,7 @@ async def pull(
         server.forget_project(project)
         target = await labelling_project(database, server, project, settings)
         await _read_changes(database, server, target, settings, report)
-    if sweep or _is_due(target, settings):
+    if sweep or (sweep is None and _is_due(target, settings)):
         target = await labelling_project(database, server, project, settings, sure=True)
         await _sweep(database, server, target, settings, report)
     report.replaced = target.server_project != first.server_project
@@ -162,6 +167,7 @@ async def _store(
     if not ours:
         return
     async with database.write() as session:
+        await one_at_a_time(session, f"annotations of {server_project}")  # a hint's look may meet a poll's
         touched: set[str] = set()
         for task in ours:
             touched |= await _store_task(session, task, server_project, report)

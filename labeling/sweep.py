@@ -14,7 +14,7 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.database import Database, now
+from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenTask
 from labeling.lost_annotations import keep_lost
 from labeling.push import keeper, queue_score
@@ -56,7 +56,8 @@ async def sweep(database: Database, server: LabelStudioServer, project: str, ser
         if task.item_id in items:
             seen.setdefault(task.item_id, []).append(task)
     await server.delete_tasks(server_project, _superfluous(items, seen, newest))
-    reopened = await _reopen(database, [item for item in items.values() if item.needs_task and item.id not in seen])
+    vanished = [item for item in items.values() if item.needs_task and item.id not in seen]
+    reopened = await _reopen(database, vanished, server_project)
     kept = {item_id: keeper(tasks) for item_id, tasks in seen.items()}
     await _follow(database, items, kept)
     await _rescore(server, items, kept)
@@ -107,7 +108,7 @@ def _superfluous(items: dict[str, _Item], seen: dict[str, list[SeenTask]], newes
     return doomed
 
 
-async def _reopen(database: Database, vanished: Collection[_Item]) -> int:
+async def _reopen(database: Database, vanished: Collection[_Item], server_project: int) -> int:
     """Their tasks were deleted, or a backup without them was restored. What has an accepted label keeps it.
 
     A label that waited to be mended goes with its task; opinions that differ stay and count beside the new ones.
@@ -119,6 +120,7 @@ async def _reopen(database: Database, vanished: Collection[_Item]) -> int:
     for start in range(0, len(ids), ROWS_PER_STATEMENT):
         some = ids[start : start + ROWS_PER_STATEMENT]
         async with database.write() as session:
+            await one_at_a_time(session, f"annotations of {server_project}")
             taken_back = await _take_back(session, [item_id for item_id in some if item_id in refused])
             await _keep_opinions(session, [item_id for item_id in some if item_id not in refused])
             rows = await session.execute(

@@ -16,7 +16,7 @@ from labeling.feedback import fold
 from labeling.label_studio import LabelStudioServer
 from labeling.label_studio_webhook import keep_webhook
 from labeling.labelling_projects import labelling_project
-from labeling.pull import PullReport, pull
+from labeling.pull import pull
 from labeling.push import push
 from labeling.settings import LabelingSettings
 
@@ -46,7 +46,7 @@ class LabelSync:
         try:
             await fold(self._database, self.project, self._settings)
             await push(self._database, self._server, self.project, self._settings)
-            report = await self._pull()
+            report = await pull(self._database, self._server, self.project, self._settings)
             if report.reopened or report.replaced:
                 await push(self._database, self._server, self.project, self._settings)
             await self._register(again=report.swept)
@@ -65,17 +65,20 @@ class LabelSync:
     async def _look(self) -> None:
         self._hinted.clear()
         try:
-            if (await self._pull()).annotations == 0:
-                await asyncio.sleep(SECOND_LOOK_SECONDS)
-                self._hinted.clear()
-                await self._pull()
+            if await self._found_some():
+                return
+            await asyncio.sleep(SECOND_LOOK_SECONDS)
+            self._hinted.clear()
+            await self._found_some()
         except NightschoolError as error:
             log.warning("hint_not_followed", project=self.project, code=error.code, reason=str(error))
         except Exception:  # the edge of a task that nobody awaits: dead, hints would be lost until the restart
             log.exception("hint_not_followed", project=self.project)
 
-    async def _pull(self) -> PullReport:
-        return await pull(self._database, self._server, self.project, self._settings)
+    async def _found_some(self) -> bool:
+        """Without a sweep, which may take longer than anybody wants to wait."""
+        report = await pull(self._database, self._server, self.project, self._settings, sweep=False)
+        return report.annotations > 0
 
     async def _register(self, *, again: bool) -> None:
         """Once, in a project that was made anew, and `again` now and then: people may have deleted the webhook."""
