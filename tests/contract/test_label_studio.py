@@ -405,6 +405,9 @@ async def test_a_webhook_that_label_studio_refuses_is_no_error(
     server: LabelStudioServer, project: int, address: str
 ) -> None:
     """Polling goes on. A managed Label Studio can call nothing of this machine but our hooks."""
+    version = (await server.check()).version
+    if tuple(map(int, version.split(".")[:2])) < (1, 23):
+        pytest.skip(f"Label Studio {version} takes any address")
     assert not await keep_webhook(server, project, "p", address)
     assert await server.request("GET", "/api/webhooks/", "x", params={"project": project}) == []
 

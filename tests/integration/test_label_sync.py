@@ -352,7 +352,7 @@ async def _settled_long_ago(desk: Desk, *items: ReviewItem) -> None:
 # everything at once
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 async def test_whatever_breaks_the_api_has_the_last_word(
     desk: Desk, faulty: tuple[LabelStudioServer, LabelStudioProxy], seed: int
 ) -> None:
@@ -367,7 +367,7 @@ async def test_whatever_breaks_the_api_has_the_last_word(
     items = await desk.flagged(*(number / 30 for number in range(30)))
     annotated: dict[str, int] = {}
     proxy.chance = lambda _method, _path: _bad_luck(dice)
-    for step in range(40):
+    for step in range(30):
         await sync.round()
         await _somebody_works(desk, dice, items, annotated)
         for _ in range(dice.choice((0, 1, 3))):  # lost, once, doubled
