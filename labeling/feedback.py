@@ -1,10 +1,14 @@
 """Feedback into the review queue: flags of one question fold into one item, good ratings become good answers.
 
+Personal data and secrets go out here, once: items, good answers and all that comes of them hold redacted texts, and two
+prompts that differ in nothing else are one.
+
 `fold` is run by the worker now and then and by each night's first stage; doing it again changes nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import unicodedata
@@ -26,6 +30,8 @@ from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
 from labeling.queue_lock import one_at_a_time
+from labeling.redaction.redactor import placeholders, redactor
+from labeling.redaction.tally import count_replaced
 from labeling.rescoring import rescore
 from labeling.sampling import sample
 from labeling.selection import chosen, place
@@ -83,24 +89,41 @@ async def _fold_these(
     database: Database, folding: Folding, feedback_ids: Sequence[str], settings: LabelingSettings
 ) -> int:
     """How many: another process may have folded some of them meanwhile."""
+    cases = await _cases(database, feedback_ids, settings)
     if folding.on:
-        async with database.read() as session:
-            cases = [_case(feedback, exchange) for feedback, exchange in await _rows(session, feedback_ids)]
-        await folding.read({case.digest: case.messages for case in cases})
+        await folding.read({case.digest: case.messages for case in cases.values()})
+    folded = []
     async with database.write() as session:
         await one_at_a_time(session, database, folding.project)
-        found = await _rows(session, feedback_ids)
-        return sum([await _fold_one(session, folding, feedback, exchange, settings) for feedback, exchange in found])
+        for feedback in (await session.execute(_still_unfolded(feedback_ids))).scalars():
+            case = cases.get(feedback.id)
+            if case is not None and await _fold_one(session, folding, feedback, case, settings):
+                folded.append(case)
+    for case in folded:
+        count_replaced(folding.project, case.redacted)
+    return len(folded)
 
 
-async def _rows(session: AsyncSession, feedback_ids: Sequence[str]) -> list[tuple[Feedback, Exchange | None]]:
-    rows = (
-        select(Feedback, Exchange)
-        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+def _still_unfolded(feedback_ids: Sequence[str]) -> SelectOfScalar[Feedback]:
+    return (
+        select(Feedback)
         .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
         .order_by(col(Feedback.created_at), col(Feedback.id))
     )
-    return [(feedback, exchange) for feedback, exchange in await session.execute(rows)]
+
+
+async def _cases(database: Database, feedback_ids: Sequence[str], settings: LabelingSettings) -> dict[str, _Case]:
+    """By feedback. Before the transaction and in a thread: reading long texts must hold up neither writers nor loop."""
+    rows = (
+        select(Feedback, Exchange)
+        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+        .where(col(Feedback.id).in_(feedback_ids))
+    )
+    async with database.read() as session:
+        found = (await session.execute(rows)).all()
+    return await asyncio.to_thread(
+        lambda: {feedback.id: _case(feedback, exchange, settings) for feedback, exchange in found}
+    )
 
 
 def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
@@ -124,27 +147,22 @@ def is_held_out(seed: str, share: float) -> bool:
 
 @dataclass(frozen=True)
 class _Case:
-    """A feedback with the prompt and the answer that it is about."""
+    """A feedback with the prompt and the answer that it is about; all texts redacted, those of `feedback` not."""
 
     feedback: Feedback
     exchange: Exchange | None
     messages: list[dict[str, Any]]
     answer: str
     digest: str
+    prefilled: str | None
+    comment: str | None
+    must_contain: list[str]
+    reasons: list[str]
+    redacted: dict[str, int]
 
     @property
     def served(self) -> str | None:
         return self.exchange.served if self.exchange else None
-
-    @property
-    def prefilled(self) -> str | None:
-        value = self.feedback.value
-        match self.feedback.kind:
-            case FeedbackKind.CORRECTION:
-                return answer_text(value)
-            case FeedbackKind.PREFERENCE:
-                return answer_text(value["chosen"])
-        return None
 
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:
@@ -166,17 +184,12 @@ async def _waiting(session: AsyncSession, project: str, which: ColumnElement[boo
 
 
 async def _fold_one(
-    session: AsyncSession,
-    folding: Folding,
-    feedback: Feedback,
-    exchange: Exchange | None,
-    settings: LabelingSettings,
+    session: AsyncSession, folding: Folding, feedback: Feedback, case: _Case, settings: LabelingSettings
 ) -> bool:
     """False where a cap holds it back."""
-    case = _case(feedback, exchange)
     goes, rule = entry.way(feedback, settings)
     if goes is Way.QUEUE:
-        return await _enter(session, folding, case, rule, settings)
+        return await _enter(session, folding, feedback, case, rule, settings)
     feedback.folded_at = now()
     match goes:
         case Way.COMMENT:
@@ -190,8 +203,14 @@ async def _fold_one(
     return True
 
 
-async def _enter(session: AsyncSession, folding: Folding, case: _Case, rule: str, settings: LabelingSettings) -> bool:
-    feedback = case.feedback
+async def _enter(
+    session: AsyncSession,
+    folding: Folding,
+    feedback: Feedback,
+    case: _Case,
+    rule: str,
+    settings: LabelingSettings,
+) -> bool:
     if scope := await entry.full_cap(session, feedback, settings.entry):
         entry.hold_back(feedback, scope)
         return False
@@ -202,14 +221,18 @@ async def _enter(session: AsyncSession, folding: Folding, case: _Case, rule: str
     feedback.folded_at = now()
     _add(item, case)
     place(item, settings.selection)
-    exchange_id = case.exchange.id if case.exchange else None
     await session.flush()
-    session.add(ItemMember(feedback_id=feedback.id, item_id=item.id, exchange_id=exchange_id))
+    session.add(_member(item, case))
     await entry.let_in(session, feedback, rule, settings.entry, item)
     return True
 
 
-def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
+def _member(item: ReviewItem, case: _Case) -> ItemMember:
+    exchange_id = case.exchange.id if case.exchange else None
+    return ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id, comment=case.comment)
+
+
+def _case(feedback: Feedback, exchange: Exchange | None, settings: LabelingSettings) -> _Case:
     if exchange is not None:
         messages = exchange.messages
         answer = exchange.answers[feedback.choice] if feedback.choice < len(exchange.answers) else ""
@@ -217,7 +240,33 @@ def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
         messages, answer = feedback.messages or [], feedback.answer or ""
     if feedback.kind is FeedbackKind.PREFERENCE:
         answer = answer_text(feedback.value["rejected"])
-    return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
+    offered = _offered(feedback)
+    needed = [line.strip() for line in feedback.tags.get("must_contain", "").splitlines() if line.strip()]
+    others = [offered or "", feedback.comment or "", *needed, *feedback.reasons]
+    redacted = redactor(settings.redaction).open().exchange(messages, answer, others)
+    prefilled, comment, *rest = redacted.others
+    return _Case(
+        feedback=feedback,
+        exchange=exchange,
+        messages=redacted.messages,
+        answer=redacted.answer,
+        digest=prompt_digest(redacted.messages),
+        prefilled=prefilled if offered is not None else None,
+        comment=comment or None,
+        must_contain=rest[: len(needed)],
+        reasons=rest[len(needed) :],
+        redacted=redacted.counts,
+    )
+
+
+def _offered(feedback: Feedback) -> str | None:
+    """The correction that the feedback brings along."""
+    match feedback.kind:
+        case FeedbackKind.CORRECTION:
+            return answer_text(feedback.value)
+        case FeedbackKind.PREFERENCE:
+            return answer_text(feedback.value["chosen"])
+    return None
 
 
 async def _attach_comment(session: AsyncSession, folding: Folding, case: _Case) -> None:
@@ -225,19 +274,21 @@ async def _attach_comment(session: AsyncSession, folding: Folding, case: _Case) 
     digest = await folding.known(session, case.digest)
     item = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if item is not None:
-        exchange_id = case.exchange.id if case.exchange else None
-        session.add(ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id))
+        session.add(_member(item, case))
 
 
 async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
-    needed = case.feedback.tags.get("must_contain", "")
+    """Not one with a value that its prompt lacks: no model can be asked to say <PHONE_1> of itself."""
+    if placeholders([case.answer, case.must_contain]) - placeholders(case.messages):
+        log.info("good_answer_not_kept", project=case.feedback.project, feedback=case.feedback.id, kinds=case.redacted)
+        return
     row = GoodAnswer(
         project=case.feedback.project,
         prompt_digest=case.digest,
         messages=case.messages,
         answer=case.answer,
         exchange_id=case.exchange.id if case.exchange else None,
-        must_contain=[line.strip() for line in needed.splitlines() if line.strip()],
+        must_contain=case.must_contain,
     )
     await session.execute(insert_or_nothing(session, row))
 
@@ -292,14 +343,14 @@ def _add(item: ReviewItem, case: _Case) -> None:
     item.severity = max(item.severity, feedback.severity) if item.count > 1 else feedback.severity
     item.reasons = [
         *item.reasons,
-        *(reason for reason in dict.fromkeys(feedback.reasons) if reason not in item.reasons),
+        *(reason for reason in dict.fromkeys(case.reasons) if reason not in item.reasons),
     ]
     if item.state is not ItemState.OPEN:
         return
     if case.digest == item.prompt_digest:
         if case.answer != item.answer:
             item.uncertainty, item.uncertainty_tries = None, 0
-        item.answer, item.served = case.answer, case.served
+        item.answer, item.served, item.redacted = case.answer, case.served, case.redacted
         item.prefilled = case.prefilled or item.prefilled
     else:  # said of another wording: the answer shown belongs to the prompt shown
         item.prefilled = item.prefilled or case.prefilled

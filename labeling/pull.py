@@ -24,6 +24,7 @@ from labeling.label_studio_http import LabelStudioNotFound
 from labeling.labeling_screen import read_result
 from labeling.labelling_projects import labelling_project
 from labeling.lost_annotations import keep_lost
+from labeling.redacted_items import redacted_opinion
 from labeling.settings import LabelingSettings
 from labeling.sweep import sweep as compare_all
 from labeling.tables import Annotation, ItemState, LabellingProject, ReviewItem
@@ -170,7 +171,7 @@ async def _store(
         await one_at_a_time(session, f"annotations of {server_project}")  # a hint's look may meet a poll's
         touched: set[str] = set()
         for task in ours:
-            touched |= await _store_task(session, task, server_project, report)
+            touched |= await _store_task(session, task, server_project, settings, report)
         # By key, so that two pulls at once can't lock each other out on PostgreSQL.
         for item_id in sorted(touched):
             item = await session.get(ReviewItem, item_id, with_for_update=True)
@@ -179,7 +180,9 @@ async def _store(
                 report.labels[label.state] += 1
 
 
-async def _store_task(session: AsyncSession, task: SeenTask, server_project: int, report: PullReport) -> set[str]:
+async def _store_task(
+    session: AsyncSession, task: SeenTask, server_project: int, settings: LabelingSettings, report: PullReport
+) -> set[str]:
     """The items to settle. Nothing is stored of withdrawn items: their data was to go."""
     assert task.item_id is not None
     item = await session.get(ReviewItem, task.item_id)
@@ -196,7 +199,7 @@ async def _store_task(session: AsyncSession, task: SeenTask, server_project: int
     # Also where nothing changed: `annotations_per_item` may have.
     touched = {item.id}
     for seen in task.annotations:
-        concerned = await _store_annotation(session, item, seen, server_project)
+        concerned = await _store_annotation(session, item, seen, server_project, settings)
         report.annotations += bool(concerned)
         touched |= concerned
     if item.task_id == task.id:  # a duplicate task shows only its own annotations
@@ -220,11 +223,11 @@ def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> int:
 
 
 async def _store_annotation(
-    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int
+    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings
 ) -> set[str]:
     """The items concerned: two where a restored server gave an old annotation's number to another task."""
     row = await session.get(Annotation, (server_project, seen.id))
-    new = _annotation(item, seen, server_project)
+    new = _annotation(item, seen, server_project, settings)
     if row is not None and row.created_at != new.created_at:
         await keep_lost(session, row)
         row = None
@@ -239,8 +242,8 @@ async def _store_annotation(
     return {former, item.id}
 
 
-def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int) -> Annotation:
-    opinion = read_result(seen.result)
+def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings) -> Annotation:
+    opinion = redacted_opinion(read_result(seen.result), item, settings.redaction)
     return Annotation(
         labelling_project=server_project,
         annotation_id=seen.id,

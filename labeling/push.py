@@ -19,6 +19,7 @@ from labeling.label_studio import LabelStudioServer, NewTask, SeenTask
 from labeling.label_studio_http import LabelStudioRefused
 from labeling.labeling_screen import task_data
 from labeling.labelling_projects import labelling_project
+from labeling.redacted_items import bring_up_to_date
 from labeling.settings import LabelingSettings
 from labeling.tables import Feedback, ItemMember, ItemState, ReviewItem
 
@@ -45,6 +46,7 @@ async def push(database: Database, server: LabelStudioServer, project: str, sett
         return report
     target = (await labelling_project(database, server, project, settings, sure=True)).server_project
     report.removed += await _remove_withdrawn(database, server, target, withdrawn)
+    await bring_up_to_date(database, items, settings.redaction)
     for start in range(0, len(items), TASKS_PER_IMPORT):
         await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], report)
     if report.sent or report.removed or report.refused:
@@ -112,9 +114,9 @@ async def _push_some(
 async def shown_comments(database: Database, items: Sequence[str]) -> dict[str, list[str]]:
     """What users said, the newest first, `COMMENTS_SHOWN` an item."""
     said = (
-        select(col(ItemMember.item_id), col(Feedback.comment))
+        select(col(ItemMember.item_id), col(ItemMember.comment))
         .join(Feedback, col(Feedback.id) == col(ItemMember.feedback_id))
-        .where(col(ItemMember.item_id).in_(items), col(Feedback.comment).is_not(None), col(Feedback.comment) != "")
+        .where(col(ItemMember.item_id).in_(items), col(ItemMember.comment).is_not(None))
         .order_by(col(Feedback.created_at).desc(), col(Feedback.id))
     )
     found: dict[str, list[str]] = {}

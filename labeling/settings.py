@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from labeling.redaction.page import Kind
+from labeling.redaction.work import UnboundedWork, shortest, steps
+
+STEPS_PER_CHARACTER = 10_000  # what a pattern of the project's own may cost at one position of a text
 
 
 def _address(url: str) -> str:
@@ -118,6 +124,57 @@ class SelectionSettings(Strict):
     look_seconds: float = Field(30.0, ge=0.2, le=3600, description="Between two looks for items to measure")
 
 
+def _bounded(regex: str) -> str:
+    """A regular expression that finds something, in a time that grows with the text and no faster."""
+    try:
+        needed, least = steps(regex), shortest(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    except UnboundedWork as error:
+        raise ValueError(f"could take for ever on some texts: {error}") from None
+    if needed > STEPS_PER_CHARACTER:
+        raise ValueError(
+            f"could take {needed:,} steps at each character of a text, {STEPS_PER_CHARACTER:,} are allowed: lower the "
+            "limits of its repeats, or write them possessive ({1,20}+ gives nothing back)"
+        )
+    if least == 0:
+        raise ValueError("would match nothing at all, everywhere: it must begin with something")
+    return regex
+
+
+class OwnPattern(Strict):
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]{0,30}$", description="Of the kind; the placeholder is <NAME_1> in capitals"
+    )
+    regex: Annotated[str, AfterValidator(_bounded)] = Field(
+        min_length=1, max_length=2000, description="Python's re; every repeat needs an upper limit"
+    )
+
+    @model_validator(mode="after")
+    def _own_name(self) -> OwnPattern:
+        if self.name in set(Kind):
+            raise ValueError(f"{self.name!r} is a built-in kind: choose another name")
+        return self
+
+
+class RedactionSettings(Strict):
+    """Per project: what is replaced before a person or a model is shown it."""
+
+    enabled: bool = Field(True, description="false: labellers and models see what users wrote")
+    leave_out: tuple[Kind, ...] = Field((), description=f"Kinds not to replace, of: {', '.join(Kind)}")
+    keep: tuple[str, ...] = Field(
+        (), description="Public values that are no secret, such as your own hotline; @example.com keeps a mail domain"
+    )
+    patterns: tuple[OwnPattern, ...] = Field((), max_length=50, description="More kinds, by regular expression")
+
+    @model_validator(mode="after")
+    def _once(self) -> RedactionSettings:
+        names = [pattern.name for pattern in self.patterns]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"pattern names must differ; repeated: {', '.join(repeated)}")
+        return self
+
+
 class LabelingSettings(Strict):
     """Per project: how flags become labels."""
 
@@ -156,3 +213,4 @@ class LabelingSettings(Strict):
     archive_above: int = Field(
         1000, ge=0, le=1_000_000, description="Labelled tasks kept in Label Studio; the longest settled leave first"
     )
+    redaction: RedactionSettings = RedactionSettings()

@@ -130,7 +130,10 @@ class ReporterSalt(SQLModel, table=True):
 
 
 class ReviewItem(SQLModel, table=True):
-    """One distinct problem. `messages` is its first wording, `answer` the newest flagged answer to that wording."""
+    """One distinct problem. `messages` is its first wording, `answer` the newest flagged answer to that wording.
+
+    Its texts are redacted, and so is all that comes of it: tasks, labels, training rows, exam items.
+    """
 
     __tablename__ = "review_items"
     __table_args__ = (
@@ -150,6 +153,7 @@ class ReviewItem(SQLModel, table=True):
     served: str | None = None
     prefilled: str | None = None  # a correction that an app or its user offered
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
+    redacted: dict[str, int] = Field(default_factory=dict, sa_column=_json())  # kind -> places replaced in its texts
     count: int = 0
     severity: float = 0.5
     chosen: Chosen = Field(default=Chosen.SCORE, sa_column=enum_column(Chosen))
@@ -173,6 +177,7 @@ class ItemMember(SQLModel, table=True):
     feedback_id: str = Field(primary_key=True, foreign_key="feedback.id")
     item_id: str = Field(foreign_key="review_items.id", index=True)
     exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
+    comment: str | None = None  # the feedback's, redacted
 
 
 class ItemWording(SQLModel, table=True):
@@ -273,7 +278,7 @@ class Label(SQLModel, table=True):
 
 
 class GoodAnswer(SQLModel, table=True):
-    """An exchange that users rated good: the rolling hold-out of answers that must stay good."""
+    """An exchange that users rated good: the rolling hold-out of answers that must stay good. Redacted."""
 
     __tablename__ = "good_answers"
     __table_args__ = (UniqueConstraint("project", "prompt_digest"),)

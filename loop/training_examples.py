@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
+from labeling.redaction.redactor import Redactor
 from labeling.tables import GoodAnswer, ItemWording, Label, ReviewItem
 from labeling.wording import text_parts
 from loop.scoring import ExamItem
@@ -96,6 +97,32 @@ async def good_answers(session: AsyncSession, project: str, limit: int) -> list[
         .limit(limit)
     )
     return list(rows.scalars())
+
+
+def redacted_labels(labels: Iterable[Label], by: Redactor) -> tuple[Label, ...]:
+    """Labels as today's settings would have them: those made before redaction was on, or a pattern added, too."""
+    return tuple(_redacted_label(label, by) for label in labels)
+
+
+def _redacted_label(label: Label, by: Redactor) -> Label:
+    texts = by.open().exchange(label.messages, label.flagged_answer, [label.correction or "", *label.must_contain])
+    if not texts.counts:
+        return label
+    correction, *must_contain = texts.others
+    changed = {"messages": texts.messages, "flagged_answer": texts.answer, "must_contain": must_contain}
+    return Label(**{**label.model_dump(), **changed, "correction": correction or None})
+
+
+def redacted_good_answers(answers: Iterable[GoodAnswer], by: Redactor) -> list[GoodAnswer]:
+    return [_redacted_good_answer(answer, by) for answer in answers]
+
+
+def _redacted_good_answer(good: GoodAnswer, by: Redactor) -> GoodAnswer:
+    texts = by.open().exchange(good.messages, good.answer, good.must_contain)
+    if not texts.counts:
+        return good
+    changed = {"messages": texts.messages, "answer": texts.answer, "must_contain": texts.others}
+    return GoodAnswer(**{**good.model_dump(), **changed})
 
 
 def label_row(label: Label) -> Row:

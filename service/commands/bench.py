@@ -19,6 +19,7 @@ BENCHES: dict[str, str] = {
     "ingest": "ingest",
     "labelling": "labelling",
     "queue": "queue",
+    "redaction": "redaction",
     "selection": "selection",
 }
 

@@ -167,6 +167,7 @@ def upgrade() -> None:
         sa.Column("served", sa.String(), nullable=True),
         sa.Column("prefilled", sa.String(), nullable=True),
         sa.Column("reasons", sa.JSON(), nullable=False),
+        sa.Column("redacted", sa.JSON(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         sa.Column("severity", sa.Float(), nullable=False),
         sa.Column("chosen", sa.String(length=32), nullable=False),
@@ -405,6 +406,7 @@ def upgrade() -> None:
         sa.Column("feedback_id", sa.String(), nullable=False),
         sa.Column("item_id", sa.String(), nullable=False),
         sa.Column("exchange_id", sa.String(), nullable=True),
+        sa.Column("comment", sa.String(), nullable=True),
         sa.ForeignKeyConstraint(
             ["exchange_id"],
             ["exchanges.id"],
