@@ -8,7 +8,7 @@ import pytest
 from sqlmodel import col, select
 
 from labeling.agreement import settle
-from labeling.database import Database, now
+from labeling.database import Database, new_id, now
 from labeling.feedback import fold
 from labeling.labeling_screen import Opinion, task_data
 from labeling.push import as_task, shown_comments
@@ -41,7 +41,8 @@ MAIL, OTHER_MAIL, CARD = "ann@shop.example", "bob@shop.example", "4111 1111 1111
 
 async def one_item(database: Database, settings: LabelingSettings = SETTINGS) -> ReviewItem:
     await fold(database, PROJECT, settings)
-    (item,) = await rows(database, ReviewItem)
+    found: list[ReviewItem] = await rows(database, ReviewItem)
+    (item,) = found
     return item
 
 
@@ -119,7 +120,7 @@ async def test_a_good_answer_with_a_value_of_its_own_is_not_kept(database: Datab
 
 async def test_what_was_replaced_is_counted(database: Database) -> None:
     """Once a feedback, in the process's metrics, by project and kind."""
-    project = "counted"
+    project = new_id("counted")  # the tally is the process's
     message = [{"role": "user", "content": f"{MAIL} and {CARD}"}]
     await store(database, feedback(project=project, messages=message, answer=f"{MAIL}?"))
     for _ in range(2):
