@@ -59,6 +59,7 @@ def test_measured_texts_are_large_and_apart() -> None:
         assert len(texts) >= 250
         assert {value.kind for text in texts for value in text.values} == set(Kind)
         assert sum(not text.values for text in texts) >= 75
+    assert sum(text.part == "later" for text in TEXTS) >= 60
     assert len({text.text for text in TEXTS}) == len(TEXTS)
 
 
