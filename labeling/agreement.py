@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.database import insert_or_nothing, now
+from labeling.redaction.redactor import placeholders
 from labeling.tables import Annotation, GoodAnswer, ItemState, Label, LabelState, ReviewItem, Verdict
 from labeling.wording import same_wording, spelled, stands_in
 
@@ -104,7 +105,7 @@ async def settle(session: AsyncSession, item: ReviewItem, people_needed: int) ->
     if item.state is ItemState.WITHDRAWN:
         return None
     rows = await session.execute(select(Annotation).where(col(Annotation.item_id) == item.id))
-    outcome = agree(item.answer, rows.scalars(), people_needed)
+    outcome = _sayable(agree(item.answer, rows.scalars(), people_needed), item)
     label = await session.get(Label, item.id)
     if outcome is None:
         return await _take_back(session, item, label)
@@ -116,6 +117,21 @@ async def settle(session: AsyncSession, item: ReviewItem, people_needed: int) ->
     session.add(label)
     await _keep_good_answer(session, item, outcome)
     return label
+
+
+def _sayable(outcome: Outcome | None, item: ReviewItem) -> Outcome | None:
+    """Refused where the right answer holds a placeholder that its conversation lacks: trained, it would be said."""
+    if outcome is None or outcome.state is not LabelState.ACCEPTED:
+        return outcome
+    right = item.answer if outcome.verdict is Verdict.GOOD else outcome.correction
+    strange = placeholders([right, outcome.must_contain]) - placeholders(item.messages)
+    if not strange:
+        return outcome
+    reason = (
+        f"the right answer holds what redaction replaced ({', '.join(sorted(strange))}) and the conversation lacks; a "
+        "model would say the placeholder. If the value is public, list it under labeling.redaction.keep"
+    )
+    return replace(outcome, state=LabelState.REFUSED, reason=reason)
 
 
 def _outcome_of(label: Label) -> Outcome:

@@ -31,6 +31,13 @@ class DatabaseUnavailable(Unavailable):
     default_hint = "Check that the database is reachable, has room on its disk and is not opened read-only."
 
 
+class TransactionLost(DatabaseUnavailable):
+    """PostgreSQL ended it in favour of another one: nothing of it is stored, and it may be tried again at once."""
+
+    code = "transaction_lost"
+    default_hint = "Try again; should it go on, look at PostgreSQL's log for what locks what."
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """Aware UTC datetimes on both databases; SQLite itself forgets the zone."""
 
@@ -61,6 +68,12 @@ def insert_or_nothing(session: AsyncSession, *rows: SQLModel) -> Insert:
     """INSERT of rows of one table ... ON CONFLICT DO NOTHING, in the session's dialect: our form of "once"."""
     build = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     return build(type(rows[0])).values([row.model_dump() for row in rows]).on_conflict_do_nothing()
+
+
+async def one_at_a_time(session: AsyncSession, name: str) -> None:
+    """Until the transaction ends, on PostgreSQL; SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": name})
 
 
 def enum_column(kind: type[StrEnum]) -> Any:
@@ -109,6 +122,7 @@ class Database:
 
 # PostgreSQL's classes for a server that is down, full, starting or read-only, and for transactions that lost.
 UNAVAILABLE_STATES = ("08", "28", "3D", "40", "53", "57", "58", "25006")
+LOST_STATES = ("40",)
 
 
 class translated:
@@ -117,11 +131,10 @@ class translated:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if error is not None and _unavailable(error):
-            raise DatabaseUnavailable(
-                f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}"
-            ) from error
+            kind = TransactionLost if _state(error).startswith(LOST_STATES) else DatabaseUnavailable
+            raise kind(f"the database refused the operation: {str(getattr(error, 'orig', error))[:300]}") from error
 
 
 def _unavailable(error: BaseException) -> bool:
@@ -130,8 +143,11 @@ def _unavailable(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError):
         return False
-    state = str(getattr(error.orig, "sqlstate", None) or "")
-    return error.connection_invalidated or state.startswith(UNAVAILABLE_STATES)
+    return error.connection_invalidated or _state(error).startswith(UNAVAILABLE_STATES)
+
+
+def _state(error: BaseException) -> str:
+    return str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, update
 from sqlalchemy.engine import CursorResult
@@ -14,6 +14,8 @@ from labeling.database import insert_or_nothing
 from labeling.tables import Exchange, Feedback
 
 ROWS_PER_STATEMENT = 200  # below the bound-parameter limits of both databases
+VALUES_PER_STATEMENT = 500
+R = TypeVar("R", Exchange, Feedback)
 
 
 async def record(session: AsyncSession, rows: Sequence[Exchange]) -> int:
@@ -25,10 +27,12 @@ async def record(session: AsyncSession, rows: Sequence[Exchange]) -> int:
         result = await session.execute(insert_or_nothing(session, *part))
         assert isinstance(result, CursorResult)
         stored += result.rowcount
-        completions = [row.completion_id for row in part]
-        requests = [row.request_id for row in part if row.request_id]
-        await _link(session, _of_completion(), col(Feedback.completion_id).in_(completions))
-        await _link(session, _of_request(), col(Feedback.request_id).in_(requests))
+        for project, theirs in _by_project(part).items():
+            ours = col(Feedback.project) == project  # the indexes begin with it
+            completions = [row.completion_id for row in theirs]
+            await _link(session, _of_completion(), ours & col(Feedback.completion_id).in_(completions))
+            if requests := [row.request_id for row in theirs if row.request_id]:
+                await _link(session, _of_request(), ours & col(Feedback.request_id).in_(requests))
     return stored
 
 
@@ -42,22 +46,39 @@ async def link_waiting(session: AsyncSession, project: str) -> None:
 
 async def link_new(session: AsyncSession, rows: Sequence[Feedback]) -> None:
     """Sets `exchange_id` on feedback that is not stored yet, where its exchange is."""
-    by_completion = await _ids(session, col(Exchange.completion_id), [r.completion_id for r in rows if r.completion_id])
-    by_request = await _ids(session, col(Exchange.request_id), [r.request_id for r in rows if r.request_id])
+    for project, theirs in _by_project(rows).items():
+        completions = {row.completion_id for row in theirs if row.completion_id}
+        requests = {row.request_id for row in theirs if row.request_id and not row.completion_id}
+        by_completion = await _ids(session, project, col(Exchange.completion_id), sorted(completions))
+        by_request = await _ids(session, project, col(Exchange.request_id), sorted(requests))
+        for row in theirs:
+            if row.completion_id:
+                row.exchange_id = by_completion.get(row.completion_id)
+            elif row.request_id:
+                row.exchange_id = by_request.get(row.request_id)
+
+
+async def knows_session(session: AsyncSession, project: str, session_id: str) -> bool:
+    """Whether any exchange of that session is stored by now."""
+    known = select(col(Exchange.id)).where(col(Exchange.session_id) == session_id, col(Exchange.project) == project)
+    return (await session.execute(known.limit(1))).first() is not None
+
+
+def _by_project(rows: Sequence[R]) -> dict[str, list[R]]:
+    found: dict[str, list[R]] = {}
     for row in rows:
-        if row.completion_id:
-            row.exchange_id = by_completion.get((row.project, row.completion_id))
-        elif row.request_id:
-            row.exchange_id = by_request.get((row.project, row.request_id))
+        found.setdefault(row.project, []).append(row)
+    return found
 
 
-async def _ids(session: AsyncSession, column: Any, values: list[str]) -> dict[tuple[str, str], str]:
-    """(project, value) -> exchange; the newest where a client used its request id more than once."""
-    if not values:
-        return {}
-    found = select(col(Exchange.project), column, col(Exchange.id)).where(column.in_(values))
-    rows = (await session.execute(found.order_by(col(Exchange.created_at)))).all()
-    return {(project, value): exchange for project, value, exchange in rows}
+async def _ids(session: AsyncSession, project: str, column: Any, values: list[str]) -> dict[str, str]:
+    """value -> exchange; the newest where a client used its request id more than once."""
+    found: dict[str, str] = {}
+    for start in range(0, len(values), VALUES_PER_STATEMENT):
+        some = column.in_(values[start : start + VALUES_PER_STATEMENT])
+        named = select(column, col(Exchange.id)).where(col(Exchange.project) == project, some)
+        found.update((await session.execute(named.order_by(col(Exchange.created_at)))).all())
+    return found
 
 
 async def _link(session: AsyncSession, exchange: Select[Any], which: ColumnElement[bool]) -> None:
@@ -76,8 +97,12 @@ def _of_request() -> Select[Any]:
 
 
 def _of_session() -> Select[Any]:
-    """The session's last exchange before the feedback. Only when folding: by then every earlier one is stored."""
-    unnamed = col(Feedback.completion_id).is_(None) & col(Feedback.request_id).is_(None)
+    """The session's last exchange before the feedback. Only when folding: by then every earlier one is stored.
+
+    An imported id that may be of either stands in both columns: it is a session's when no completion has it.
+    """
+    either = col(Feedback.completion_id) == col(Feedback.session_id)
+    unnamed = (col(Feedback.completion_id).is_(None) | either) & col(Feedback.request_id).is_(None)
     earlier = col(Exchange.created_at) <= col(Feedback.created_at)
     return _newest().where(unnamed, col(Exchange.session_id) == col(Feedback.session_id), earlier)
 

@@ -1,10 +1,14 @@
-"""Feedback into the review queue: flags of one prompt fold into one item, good ratings become good answers.
+"""Feedback into the review queue: flags of one question fold into one item, good ratings become good answers.
+
+Personal data and secrets go out here, once: items, good answers and all that comes of them hold redacted texts, and two
+prompts that differ in nothing else are one.
 
 `fold` is run by the worker now and then and by each night's first stage; doing it again changes nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import unicodedata
@@ -13,18 +17,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import text, update
+from sqlalchemy import ColumnElement, update
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
+from labeling import entry
+from labeling.answers import answer_text
 from labeling.database import Database, insert_or_nothing, now
+from labeling.entry import Way
 from labeling.exchanges import link_waiting
-from labeling.selection import score
+from labeling.folding import Folding
+from labeling.queue_lock import one_at_a_time
+from labeling.redaction.redactor import placeholders, redactor
+from labeling.redaction.tally import count_replaced
+from labeling.rescoring import rescore
+from labeling.sampling import sample
+from labeling.selection import chosen, place
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
-from labeling.wording import text_parts
+from labeling.wording import holds_code_block, text_parts
 
 BATCH = 200
 # What a row's own content can raise, on reading it back or on folding it.
@@ -37,50 +50,84 @@ async def fold(database: Database, project: str, settings: LabelingSettings) -> 
 
     One that can't be folded is left out by name and stops no other.
     """
+    await sample(database, project, settings.entry)
+    folded = await _fold_all(database, project, settings)
+    await rescore(database, project, settings)
+    return folded
+
+
+async def _fold_all(database: Database, project: str, settings: LabelingSettings) -> int:
     folded = 0
+    folding = Folding(project, settings)
+    await folding.learn_older(database)
     while True:
         async with database.write() as session:
-            await _one_at_a_time(session, database, project)
+            await one_at_a_time(session, database, project)
             if not folded:
                 await link_waiting(session, project)
             waiting = await _unfolded(session, project)
         if not waiting:
             return folded
         try:
-            folded += await _fold_these(database, project, waiting, settings)
+            folded += await _fold_these(database, folding, waiting, settings)
         except UNFIT:
             for feedback_id in waiting:
-                folded += await _fold_or_leave_out(database, project, feedback_id, settings)
+                folded += await _fold_or_leave_out(database, folding, feedback_id, settings)
 
 
-async def _fold_or_leave_out(database: Database, project: str, feedback_id: str, settings: LabelingSettings) -> int:
+async def _fold_or_leave_out(database: Database, folding: Folding, feedback_id: str, settings: LabelingSettings) -> int:
     try:
-        return await _fold_these(database, project, [feedback_id], settings)
+        return await _fold_these(database, folding, [feedback_id], settings)
     except UNFIT as error:
-        log.exception("feedback_left_out", project=project, feedback=feedback_id, reason=type(error).__name__)
+        log.exception("feedback_left_out", project=folding.project, feedback=feedback_id, reason=type(error).__name__)
         async with database.write() as session:
             await session.execute(update(Feedback).where(col(Feedback.id) == feedback_id).values(folded_at=now()))
         return 0
 
 
-async def _fold_these(database: Database, project: str, feedback_ids: Sequence[str], settings: LabelingSettings) -> int:
+async def _fold_these(
+    database: Database, folding: Folding, feedback_ids: Sequence[str], settings: LabelingSettings
+) -> int:
     """How many: another process may have folded some of them meanwhile."""
+    cases = await _cases(database, feedback_ids, settings)
+    if folding.on:
+        await folding.read({case.digest: case.messages for case in cases.values()})
+    folded = []
     async with database.write() as session:
-        await _one_at_a_time(session, database, project)
-        rows = (
-            select(Feedback, Exchange)
-            .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
-            .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
-            .order_by(col(Feedback.created_at), col(Feedback.id))
-        )
+        await one_at_a_time(session, database, folding.project)
+        for feedback in (await session.execute(_still_unfolded(feedback_ids))).scalars():
+            case = cases.get(feedback.id)
+            if case is not None and await _fold_one(session, folding, feedback, case, settings):
+                folded.append(case)
+    for case in folded:
+        count_replaced(folding.project, case.redacted)
+    return len(folded)
+
+
+def _still_unfolded(feedback_ids: Sequence[str]) -> SelectOfScalar[Feedback]:
+    return (
+        select(Feedback)
+        .where(col(Feedback.id).in_(feedback_ids), col(Feedback.folded_at).is_(None))
+        .order_by(col(Feedback.created_at), col(Feedback.id))
+    )
+
+
+async def _cases(database: Database, feedback_ids: Sequence[str], settings: LabelingSettings) -> dict[str, _Case]:
+    """By feedback. Before the transaction and in a thread: reading long texts must hold up neither writers nor loop."""
+    rows = (
+        select(Feedback, Exchange)
+        .join(Exchange, col(Exchange.id) == col(Feedback.exchange_id), isouter=True)
+        .where(col(Feedback.id).in_(feedback_ids))
+    )
+    async with database.read() as session:
         found = (await session.execute(rows)).all()
-        for feedback, exchange in found:
-            await _fold_one(session, feedback, exchange, settings)
-        return len(found)
+    return await asyncio.to_thread(
+        lambda: {feedback.id: _case(feedback, exchange, settings) for feedback, exchange in found}
+    )
 
 
 def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
-    """Of role and content of every message, in NFKC, casefolded, with white space collapsed."""
+    """Of role and content of every message, in NFKC, casefolded, white space collapsed; blocks of code verbatim."""
     lines = [f"{_normal(message.get('role'))}\n{_normal(message.get('content'))}" for message in messages]
     return "sha256:" + hashlib.sha256("\n\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -89,51 +136,47 @@ def _normal(content: Any) -> str:
     if (parts := text_parts(content)) is not None:
         content = " ".join(parts)
     plain = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    if holds_code_block(plain):
+        return unicodedata.normalize("NFC", plain).strip()
     return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
 
 
 def is_held_out(seed: str, share: float) -> bool:
-    """The same for the same seed, for ever: `share` of all seeds."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) / 2**64 < share
+    return entry.in_share(seed, share)
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A feedback with the prompt and the answer that it is about."""
+    """A feedback with the prompt and the answer that it is about; all texts redacted, those of `feedback` not."""
 
     feedback: Feedback
     exchange: Exchange | None
     messages: list[dict[str, Any]]
     answer: str
     digest: str
+    prefilled: str | None
+    comment: str | None
+    must_contain: list[str]
+    reasons: list[str]
+    redacted: dict[str, int]
 
     @property
     def served(self) -> str | None:
         return self.exchange.served if self.exchange else None
 
-    @property
-    def prefilled(self) -> str | None:
-        value = self.feedback.value
-        match self.feedback.kind:
-            case FeedbackKind.CORRECTION:
-                return str(value)
-            case FeedbackKind.PREFERENCE:
-                return str(value["chosen"])
-        return None
-
-
-async def _one_at_a_time(session: AsyncSession, database: Database, project: str) -> None:
-    """SQLite has one writer anyway; on PostgreSQL two folds of a project would count the same feedback twice."""
-    if not database.is_sqlite:
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"fold:{project}"})
-
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:
-    """Ids, the oldest first."""
+    """Ids, the oldest first; before all others those that a cap held back until now."""
+    return await _waiting(session, project, col(Feedback.held_until) <= now()) or await _waiting(
+        session, project, col(Feedback.held_until).is_(None)
+    )
+
+
+async def _waiting(session: AsyncSession, project: str, which: ColumnElement[bool]) -> list[str]:
     known = col(Feedback.exchange_id).is_not(None) | col(Feedback.answer).is_not(None)
     waiting = (
         select(Feedback.id)
-        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), known)
+        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), which, known)
         .order_by(col(Feedback.created_at), col(Feedback.id))
         .limit(BATCH)
     )
@@ -141,78 +184,143 @@ async def _unfolded(session: AsyncSession, project: str) -> list[str]:
 
 
 async def _fold_one(
-    session: AsyncSession, feedback: Feedback, exchange: Exchange | None, settings: LabelingSettings
-) -> None:
-    case = _case(feedback, exchange)
+    session: AsyncSession, folding: Folding, feedback: Feedback, case: _Case, settings: LabelingSettings
+) -> bool:
+    """False where a cap holds it back."""
+    goes, rule = entry.way(feedback, settings)
+    if goes is Way.QUEUE:
+        return await _enter(session, folding, feedback, case, rule, settings)
     feedback.folded_at = now()
-    if feedback.kind is FeedbackKind.COMMENT:
-        await _attach_comment(session, case)
-        return
-    if feedback.kind is FeedbackKind.RATING and float(feedback.value) >= settings.low_rating:
-        await _keep_good_answer(session, case)
-        return
-    item = await _item(session, case, settings.held_out_share)
+    match goes:
+        case Way.COMMENT:
+            feedback.entry = goes
+            await _attach_comment(session, folding, case)
+        case Way.GOOD_ANSWER:
+            feedback.entry = goes
+            await _keep_good_answer(session, case)
+        case Way.LEFT_OUT:
+            await entry.leave_out(session, feedback, rule)
+    return True
+
+
+async def _enter(
+    session: AsyncSession,
+    folding: Folding,
+    feedback: Feedback,
+    case: _Case,
+    rule: str,
+    settings: LabelingSettings,
+) -> bool:
+    if scope := await entry.full_cap(session, feedback, settings.entry):
+        entry.hold_back(feedback, scope)
+        return False
+    item = await _item(session, folding, case, settings)
+    if scope := await entry.full_cap(session, feedback, settings.entry, item):
+        entry.hold_back(feedback, scope)
+        return False
+    feedback.folded_at = now()
     _add(item, case)
-    exchange_id = exchange.id if exchange else None
+    place(item, settings.selection)
     await session.flush()
-    session.add(ItemMember(feedback_id=feedback.id, item_id=item.id, exchange_id=exchange_id))
+    session.add(_member(item, case))
+    await entry.let_in(session, feedback, rule, settings.entry, item)
+    return True
 
 
-def _case(feedback: Feedback, exchange: Exchange | None) -> _Case:
+def _member(item: ReviewItem, case: _Case) -> ItemMember:
+    exchange_id = case.exchange.id if case.exchange else None
+    return ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id, comment=case.comment)
+
+
+def _case(feedback: Feedback, exchange: Exchange | None, settings: LabelingSettings) -> _Case:
     if exchange is not None:
         messages = exchange.messages
         answer = exchange.answers[feedback.choice] if feedback.choice < len(exchange.answers) else ""
     else:
         messages, answer = feedback.messages or [], feedback.answer or ""
     if feedback.kind is FeedbackKind.PREFERENCE:
-        answer = str(feedback.value["rejected"])
-    return _Case(feedback, exchange, messages, answer, prompt_digest(messages))
+        answer = answer_text(feedback.value["rejected"])
+    offered = _offered(feedback)
+    needed = [line.strip() for line in feedback.tags.get("must_contain", "").splitlines() if line.strip()]
+    others = [offered or "", feedback.comment or "", *needed, *feedback.reasons]
+    redacted = redactor(settings.redaction).open().exchange(messages, answer, others)
+    prefilled, comment, *rest = redacted.others
+    return _Case(
+        feedback=feedback,
+        exchange=exchange,
+        messages=redacted.messages,
+        answer=redacted.answer,
+        digest=prompt_digest(redacted.messages),
+        prefilled=prefilled if offered is not None else None,
+        comment=comment or None,
+        must_contain=rest[: len(needed)],
+        reasons=rest[len(needed) :],
+        redacted=redacted.counts,
+    )
 
 
-async def _attach_comment(session: AsyncSession, case: _Case) -> None:
+def _offered(feedback: Feedback) -> str | None:
+    """The correction that the feedback brings along."""
+    match feedback.kind:
+        case FeedbackKind.CORRECTION:
+            return answer_text(feedback.value)
+        case FeedbackKind.PREFERENCE:
+            return answer_text(feedback.value["chosen"])
+    return None
+
+
+async def _attach_comment(session: AsyncSession, folding: Folding, case: _Case) -> None:
     """A comment alone makes nothing a problem; where the prompt is one already, its labeller reads it."""
-    item = (await session.execute(_rounds(case))).scalar_one_or_none()
+    digest = await folding.known(session, case.digest)
+    item = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if item is not None:
-        exchange_id = case.exchange.id if case.exchange else None
-        session.add(ItemMember(feedback_id=case.feedback.id, item_id=item.id, exchange_id=exchange_id))
+        session.add(_member(item, case))
 
 
 async def _keep_good_answer(session: AsyncSession, case: _Case) -> None:
-    needed = case.feedback.tags.get("must_contain", "")
+    """Not one with a value that its prompt lacks: no model can be asked to say <PHONE_1> of itself."""
+    if placeholders([case.answer, case.must_contain]) - placeholders(case.messages):
+        log.info("good_answer_not_kept", project=case.feedback.project, feedback=case.feedback.id, kinds=case.redacted)
+        return
     row = GoodAnswer(
         project=case.feedback.project,
         prompt_digest=case.digest,
         messages=case.messages,
         answer=case.answer,
         exchange_id=case.exchange.id if case.exchange else None,
-        must_contain=[line.strip() for line in needed.splitlines() if line.strip()],
+        must_contain=case.must_contain,
     )
     await session.execute(insert_or_nothing(session, row))
 
 
-async def _item(session: AsyncSession, case: _Case, held_out_share: float) -> ReviewItem:
-    latest = (await session.execute(_rounds(case))).scalar_one_or_none()
+async def _item(session: AsyncSession, folding: Folding, case: _Case, settings: LabelingSettings) -> ReviewItem:
+    digest = await folding.place(session, case.digest)
+    latest = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
     if latest is not None and not await _recurred(session, latest, case):
         return latest
+    if digest != case.digest:
+        # The label of the other wording did not cure this one: what it teaches is worth a label of its own.
+        await folding.stand_alone(session, case.digest)
     seed = case.exchange.id if case.exchange else case.digest
     item = ReviewItem(
         project=case.feedback.project,
         prompt_digest=case.digest,
-        round=latest.round + 1 if latest else 1,
+        round=latest.round + 1 if latest and digest == case.digest else 1,
         messages=case.messages,
         answer=case.answer,
-        # A prompt once held out stays so: it must never be trained on.
-        held_out=latest.held_out if latest else is_held_out(seed, held_out_share),
+        # A prompt once held out stays so: it must never be trained on, nor another wording of it.
+        held_out=latest.held_out if latest else is_held_out(seed, settings.held_out_share),
     )
+    item.chosen = chosen(item.id, settings.selection)
     session.add(item)
     return item
 
 
-def _rounds(case: _Case) -> SelectOfScalar[ReviewItem]:
+def _rounds(project: str, digest: str) -> SelectOfScalar[ReviewItem]:
     """The newest item of this prompt."""
     return (
         select(ReviewItem)
-        .where(col(ReviewItem.project) == case.feedback.project, col(ReviewItem.prompt_digest) == case.digest)
+        .where(col(ReviewItem.project) == project, col(ReviewItem.prompt_digest) == digest)
         .order_by(col(ReviewItem.round).desc())
         .limit(1)
         .with_for_update()
@@ -233,11 +341,16 @@ def _add(item: ReviewItem, case: _Case) -> None:
     feedback = case.feedback
     item.count += 1
     item.severity = max(item.severity, feedback.severity) if item.count > 1 else feedback.severity
-    item.score = score(item.severity, item.count)
     item.reasons = [
         *item.reasons,
-        *(reason for reason in dict.fromkeys(feedback.reasons) if reason not in item.reasons),
+        *(reason for reason in dict.fromkeys(case.reasons) if reason not in item.reasons),
     ]
-    if item.state is ItemState.OPEN:
-        item.answer, item.served = case.answer, case.served
+    if item.state is not ItemState.OPEN:
+        return
+    if case.digest == item.prompt_digest:
+        if case.answer != item.answer:
+            item.uncertainty, item.uncertainty_tries = None, 0
+        item.answer, item.served, item.redacted = case.answer, case.served, case.redacted
         item.prefilled = case.prefilled or item.prefilled
+    else:  # said of another wording: the answer shown belongs to the prompt shown
+        item.prefilled = item.prefilled or case.prefilled

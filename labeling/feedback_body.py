@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from labeling.answers import FORMS, answer_mistake, answer_text
 from labeling.errors import InvalidInput
 from labeling.tables import FeedbackKind
 
@@ -15,6 +17,8 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Tag = Annotated[str, Field(max_length=4096)]
 Reason = Annotated[str, Field(min_length=1, max_length=256)]
 MISTAKES_NAMED = 100
+STARS = 5  # where a rating does not say of how many
+MOST_STARS = 100
 
 
 class InvalidFeedback(InvalidInput):
@@ -41,12 +45,12 @@ class FeedbackBody(BaseModel):
     request_id: Name | None = None
     session_id: Name | None = None
     messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=1000)
-    answer: str | None = None
+    answer: Any = Field(None, description="What the model answered: text, or its message with tool_calls")
     choice: int = Field(0, ge=0, le=127, description="Which of several choices (n > 1)")
     value: Any = Field(
         None,
-        description="rating: 0..1 or true/false; correction: the right answer; preference: {chosen, rejected}; "
-        "flag and comment: none",
+        description="rating: true or false, 0..1, or {stars, of}; correction: the right answer, as text, an assistant "
+        "message or JSON; preference: {chosen, rejected}; flag and comment: none",
     )
     reasons: list[Reason] = Field(default_factory=list, max_length=32)
     severity: float = Field(0.5, ge=0, le=1)
@@ -74,7 +78,14 @@ def parse(raw: Any) -> FeedbackBody:
     mistakes = list(islice(chain(mistakes, more), MISTAKES_NAMED))
     if mistakes or body is None:
         raise InvalidFeedback(mistakes)
+    if isinstance(body.value, dict) and body.kind is FeedbackKind.RATING:
+        return body.model_copy(update={"value": _of_stars(**body.value)})
     return body
+
+
+def _of_stars(stars: float, of: int = STARS) -> float:
+    """The fewest (one) are 0, the most are 1, as with the other ratings."""
+    return (stars - 1) / (of - 1)
 
 
 def _reference(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -83,6 +94,8 @@ def _reference(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield missing, "messages and answer go together"
     elif all(raw.get(name) is None for name in ("exchange_id", "request_id", "session_id", "messages")):
         yield "exchange_id", "name the answer: exchange_id, request_id, session_id, or messages and answer"
+    if raw.get("answer") is not None and raw["answer"] != "" and (mistake := answer_mistake(raw["answer"])):
+        yield "answer", mistake
 
 
 def _value(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -95,19 +108,39 @@ def _value(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield "value", "a comment has none; the text goes into comment"
             if not _text(raw.get("comment")):
                 yield "comment", "a comment needs its text"
-        case "rating" if not isinstance(value, int | float) or not 0 <= value <= 1:
-            yield "value", "a rating is a number from 0 to 1, or true or false"
-        case "correction" if not _text(value):
-            yield "value", "a correction is the right answer, as text"
+        case "rating" if mistake := _rating_mistake(value):
+            yield "value", mistake
+        case "correction" if mistake := answer_mistake(value):
+            yield "value", f"a correction is the right answer, as {FORMS}: this {mistake}"
         case "preference":
             yield from _preference(value)
 
 
+def _rating_mistake(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        fits = isinstance(value, int | float) and 0 <= value <= 1
+        return None if fits else 'a rating is true or false, a number from 0 to 1, or {"stars": 4, "of": 5}'
+    stars, of = value.get("stars"), value.get("of", STARS)
+    if value.keys() - {"stars", "of"} or not _number(stars) or not _number(of) or int(of) != of:
+        return 'stars are {"stars": 4, "of": 5}: two numbers, of whole'
+    if not 2 <= of <= MOST_STARS:
+        return f"of must be from 2 to {MOST_STARS}"
+    return None if 1 <= stars <= of else f"stars must be from 1 to {of}"
+
+
+def _number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _preference(value: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, dict) or set(value) != {"chosen", "rejected"} or not all(map(_text, value.values())):
-        yield "value", 'a preference is {"chosen": text, "rejected": text}'
-    elif value["chosen"] == value["rejected"]:
-        yield "value", "chosen and rejected are the same text"
+    if not isinstance(value, dict) or set(value) != {"chosen", "rejected"}:
+        yield "value", 'a preference is {"chosen": answer, "rejected": answer}'
+        return
+    mistakes = {name: mistake for name, answer in value.items() if (mistake := answer_mistake(answer))}
+    for name, mistake in mistakes.items():
+        yield f"value.{name}", f"an answer is {FORMS}: this {mistake}"
+    if not mistakes and answer_text(value["chosen"]) == answer_text(value["rejected"]):
+        yield "value", "chosen and rejected are the same answer"
 
 
 def _text(value: Any) -> bool:

@@ -6,7 +6,9 @@ repeats a request that may already have committed, and its project pager ends in
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import hmac
 import json
 import re
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
@@ -36,12 +38,14 @@ ITEM_KEY = "nightschool_item"
 MARKER = "nightschool project: "
 # With it the free edition offers the task of the lowest prediction score first; other orders are a paid feature.
 LOWEST_SCORE_FIRST = "Uncertainty sampling"
+SCORED_BY = "nightschool"
 TITLE_LIMIT = 50
 IDS_PER_QUERY = 50  # they travel in the URL: about 2 kB
 TASKS_PER_PAGE = 200
 # Field names apply to the tasks and to the annotations in them; `data` stays out, it can be large.
 _LIGHT = "id,meta,updated_at,predictions_score,annotations"
-_FULL = f"{_LIGHT},result,completed_by,was_cancelled,lead_time"
+_FULL = f"{_LIGHT},result,completed_by,was_cancelled,lead_time,created_at"
+_WHOLE = f"{_FULL},data"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class SeenAnnotation:
 
     id: int
     updated_at: datetime
+    created_at: datetime | None = None
     annotator: str = ""
     result: list[dict[str, Any]] = field(default_factory=list)
     cancelled: bool = False
@@ -109,6 +114,8 @@ class LabelStudioServer:
             base_url=self.url, api_key="replaced", httpx_client=self._http, timeout=timeout_seconds, max_retries=0
         )
         self._users: dict[int, str] = {}
+        self._projects: dict[str, int] = {}
+        self._making = asyncio.Lock()
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -119,26 +126,64 @@ class LabelStudioServer:
             user = await self._sdk.users.whoami()
         return ServerInfo(str(version.release), self._auth.kind, str(user.email))
 
+    def derived_secret(self, purpose: str) -> str:
+        """The same in every process that has the same token; it does not reveal the token."""
+        return hmac.new(self._auth.token.encode(), purpose.encode(), hashlib.sha256).hexdigest()
+
     # projects
+
+    def remembered_project(self, our_project: str) -> int | None:
+        """Where `ensure_project` last found it: a poll asks for nothing but the changes."""
+        return self._projects.get(our_project)
+
+    def forget_project(self, our_project: str) -> None:
+        self._projects.pop(our_project, None)
 
     async def ensure_project(self, title: str, our_project: str, label_config: str, people_per_task: int) -> int:
         """The id of the project that carries our marker; made when missing, once even if two ask at the same time."""
         settings: dict[str, Any] = {"sampling": LOWEST_SCORE_FIRST, "maximum_annotations": people_per_task}
-        found = await self._marked_projects(our_project)
-        if not found:
-            with _translated(f"making the Label Studio project {title!r}"):
-                await self._sdk.projects.create(
-                    title=title[:TITLE_LIMIT].ljust(3, "."),
-                    description=MARKER + our_project,
-                    label_config=label_config,
-                    **settings,
-                )
+        async with self._making:
             found = await self._marked_projects(our_project)
-        kept = min(found, key=lambda project: int(project["id"]))
+            if not found:
+                with _translated(f"making the Label Studio project {title!r}"):
+                    await self._sdk.projects.create(
+                        title=title[:TITLE_LIMIT].ljust(3, "."),
+                        description=MARKER + our_project,
+                        label_config=label_config,
+                        **settings,
+                    )
+                found = await self._marked_projects(our_project)
+        kept, *others = sorted(found, key=lambda project: int(project["id"]))
+        await self._delete_empty([int(project["id"]) for project in others], our_project)
         if any(kept[name] != value for name, value in settings.items()):
             with _translated(f"updating Label Studio project {kept['id']}"):
                 await self._sdk.projects.update(id=kept["id"], **settings)
+        self._projects[our_project] = int(kept["id"])
         return int(kept["id"])
+
+    async def _delete_empty(self, projects: Sequence[int], our_project: str) -> None:
+        """Spare ones, from a creation that was given up and committed late, or from two processes at once.
+
+        All choose the lowest number, so nobody works in these. One with tasks is a person's to decide about.
+        """
+        for project_id in projects:
+            try:
+                row = await self._get(
+                    f"/api/projects/{project_id}", {}, f"looking at Label Studio project {project_id}"
+                )
+                if row["task_number"]:
+                    log.warning(
+                        "spare_labelling_project",
+                        project=our_project,
+                        spare=project_id,
+                        tasks=row["task_number"],
+                        cure="Nothing reads it: delete it, or take the marker out of its description.",
+                    )
+                    continue
+                await self.delete_project(project_id)
+            except LabelStudioNotFound:  # another process was first
+                continue
+            log.info("spare_labelling_project_deleted", project=our_project, spare=project_id)
 
     async def _marked_projects(self, our_project: str) -> list[dict[str, Any]]:
         params: dict[str, Any] = {"include": "id,description,sampling,maximum_annotations", "page_size": 100, "page": 1}
@@ -173,7 +218,7 @@ class LabelStudioServer:
             {
                 "data": {**task.data, ITEM_KEY: task.item_id},
                 "meta": {ITEM_KEY: task.item_id, "shown": task.shown},
-                "predictions": [{"score": task.score, "model_version": "nightschool", "result": []}],
+                "predictions": [{"score": task.score, "model_version": SCORED_BY, "result": []}],
             }
             for task in tasks
         ]
@@ -207,12 +252,23 @@ class LabelStudioServer:
             async for task in self._tasks(project_id, [_condition("id", "in_list", "Number", part)], _FULL):
                 yield task
 
+    async def whole_tasks(self, project_id: int, task_ids: Collection[int]) -> list[dict[str, Any]]:
+        """As Label Studio imports them again, annotators by name. At most `IDS_PER_QUERY` at a time."""
+        condition = _condition("id", "in_list", "Number", sorted(task_ids))
+        rows = await self._page(project_id, [condition], _WHOLE, 0, IDS_PER_QUERY)
+        for row in rows:
+            for annotation in row["annotations"]:
+                annotation["completed_by"] = {"email": await self._user_name(annotation["completed_by"])}
+        return rows
+
     async def rescore(self, task_id: int, score: float) -> None:
-        """Moves a task in the queue."""
+        """Moves a task in the queue; one that somebody rid of its score gets one again."""
         with _translated(f"moving task {task_id} in Label Studio's queue"):
             predictions = await self._sdk.predictions.list(task=task_id)
             for prediction in predictions:
                 await self._sdk.predictions.update(id=prediction.id, score=score)
+            if not predictions:
+                await self._sdk.predictions.create(task=task_id, result=[], score=score, model_version=SCORED_BY)
 
     async def _tasks(self, project_id: int, conditions: list[dict[str, Any]], include: str) -> AsyncIterator[SeenTask]:
         """Pages by id, not by number: tasks deleted meanwhile can't shift others past us.
@@ -272,6 +328,7 @@ class LabelStudioServer:
             result=row.get("result") or [],
             cancelled=bool(row.get("was_cancelled")),
             lead_seconds=row.get("lead_time"),
+            created_at=_time(row["created_at"]) if "created_at" in row else None,
         )
 
     # people
@@ -332,13 +389,16 @@ class LabelStudioServer:
 
     # plain requests, for what the SDK lacks or gets wrong
 
-    async def _get(self, path: str, params: dict[str, Any], doing: str) -> Any:
+    async def request(self, method: str, path: str, doing: str, **content: Any) -> Any:
+        """`content`: `params` or `json`, as httpx takes them."""
         with _translated(doing):
-            return json_of(await self._http.get(path, params=params), doing)
+            return json_of(await self._http.request(method, path, **content), doing)
+
+    async def _get(self, path: str, params: dict[str, Any], doing: str) -> Any:
+        return await self.request("GET", path, doing, params=params)
 
     async def _post(self, path: str, body: dict[str, Any], doing: str) -> Any:
-        with _translated(doing):
-            return json_of(await self._http.post(path, json=body), doing)
+        return await self.request("POST", path, doing, json=body)
 
 
 _SIGN_UP_HINT = "The address may be taken already; the password needs at least eight characters."

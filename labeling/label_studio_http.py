@@ -83,11 +83,11 @@ class TokenAuth(httpx.Auth):
 
     def __init__(self, url: str, token: str) -> None:
         self.kind = "personal" if token.count(".") == 2 else "legacy"
-        self._url, self._token, self._access = url, token.strip(), ""
+        self._url, self.token, self._access = url, token.strip(), ""
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         if self.kind == "legacy":
-            request.headers["Authorization"] = f"Token {self._token}"
+            request.headers["Authorization"] = f"Token {self.token}"
             yield request
             return
         if self._access:
@@ -95,7 +95,7 @@ class TokenAuth(httpx.Auth):
             response = yield request
             if response.status_code != httpx.codes.UNAUTHORIZED:
                 return
-        answer = yield httpx.Request("POST", f"{self._url}/api/token/refresh", json={"refresh": self._token})
+        answer = yield httpx.Request("POST", f"{self._url}/api/token/refresh", json={"refresh": self.token})
         self._access = str(json_of(answer, "exchanging the personal access token")["access"])
         request.headers["Authorization"] = f"Bearer {self._access}"
         yield request

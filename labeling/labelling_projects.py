@@ -14,9 +14,15 @@ from labeling.tables import ItemState, LabellingProject, ReviewItem
 
 
 async def labelling_project(
-    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings
+    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings, *, sure: bool = False
 ) -> LabellingProject:
-    server_project = await server.ensure_project(project, project, SCREEN, settings.annotations_per_item)
+    """`sure` looks for the marker again, as before anything is sent: the project may have been deleted or replaced.
+
+    Otherwise once a process, and again once Label Studio says that it does not know the project.
+    """
+    server_project = None if sure else server.remembered_project(project)
+    if server_project is None:
+        server_project = await server.ensure_project(project, project, SCREEN, settings.annotations_per_item)
     async with database.read() as session:
         known = await session.get(LabellingProject, project)
     if known is not None and known.server_project == server_project:

@@ -17,10 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.agreement import settle
-from labeling.database import Database, now
+from labeling.archive import archive
+from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenAnnotation, SeenTask
+from labeling.label_studio_http import LabelStudioNotFound
 from labeling.labeling_screen import read_result
 from labeling.labelling_projects import labelling_project
+from labeling.lost_annotations import keep_lost
+from labeling.redacted_items import redacted_opinion
 from labeling.settings import LabelingSettings
 from labeling.sweep import sweep as compare_all
 from labeling.tables import Annotation, ItemState, LabellingProject, ReviewItem
@@ -38,23 +42,54 @@ class PullReport:
     labels: Counter[str] = field(default_factory=Counter)  # state -> labels that came into it
     swept: bool = False
     reopened: int = 0  # items whose task had vanished
+    replaced: bool = False  # the Label Studio project was gone, and was made again
+    archived: int = 0  # tasks of settled labels that left Label Studio
 
 
 async def pull(
-    database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings, *, sweep: bool = False
+    database: Database,
+    server: LabelStudioServer,
+    project: str,
+    settings: LabelingSettings,
+    *,
+    sweep: bool | None = None,
 ) -> PullReport:
-    """`sweep` compares everything even when it is not due yet, as a night does."""
-    target = await labelling_project(database, server, project, settings)
+    """`sweep` compares everything even when it is not due yet, as a night does; False never does, None when due."""
     report = PullReport()
+    target = first = await labelling_project(database, server, project, settings)
+    try:
+        await _read_changes(database, server, target, settings, report)
+    except LabelStudioNotFound:  # deleted by hand since the last look: made again, and read from its start
+        server.forget_project(project)
+        target = await labelling_project(database, server, project, settings)
+        await _read_changes(database, server, target, settings, report)
+    if sweep or (sweep is None and _is_due(target, settings)):
+        target = await labelling_project(database, server, project, settings, sure=True)
+        await _sweep(database, server, target, settings, report)
+    report.replaced = target.server_project != first.server_project
+    if report.annotations or report.reopened or report.archived:
+        log.info(
+            "pulled",
+            project=project,
+            annotations=report.annotations,
+            labels=dict(report.labels),
+            reopened=report.reopened,
+            archived=report.archived,
+        )
+    return report
+
+
+async def _read_changes(
+    database: Database,
+    server: LabelStudioServer,
+    target: LabellingProject,
+    settings: LabelingSettings,
+    report: PullReport,
+) -> None:
     changes = server.changed_tasks(target.server_project, _since(target))
     newest = await _read(database, changes, target.server_project, settings, report)
     if newest is not None and newest != target.watermark:
         await _remember(database, target, watermark=newest, watermark_moved_at=now())
-    if sweep or _is_due(target, settings):
-        await _sweep(database, server, target, settings, report)
-    if report.annotations or report.reopened:
-        log.info("pulled", project=project, annotations=report.annotations, labels=dict(report.labels))
-    return report
 
 
 def _since(target: LabellingProject) -> datetime | None:
@@ -85,6 +120,7 @@ async def _sweep(
     changed = server.tasks_by_id(target.server_project, differences.changed_tasks)
     await _read(database, changed, target.server_project, settings, report)
     report.swept, report.reopened = True, differences.reopened
+    report.archived = await archive(database, server, target, differences.kept, settings)
     await _remember(database, target, swept_at=started)
 
 
@@ -132,9 +168,10 @@ async def _store(
     if not ours:
         return
     async with database.write() as session:
+        await one_at_a_time(session, f"annotations of {server_project}")  # a hint's look may meet a poll's
         touched: set[str] = set()
         for task in ours:
-            touched |= await _store_task(session, task, server_project, report)
+            touched |= await _store_task(session, task, server_project, settings, report)
         # By key, so that two pulls at once can't lock each other out on PostgreSQL.
         for item_id in sorted(touched):
             item = await session.get(ReviewItem, item_id, with_for_update=True)
@@ -143,7 +180,9 @@ async def _store(
                 report.labels[label.state] += 1
 
 
-async def _store_task(session: AsyncSession, task: SeenTask, server_project: int, report: PullReport) -> set[str]:
+async def _store_task(
+    session: AsyncSession, task: SeenTask, server_project: int, settings: LabelingSettings, report: PullReport
+) -> set[str]:
     """The items to settle. Nothing is stored of withdrawn items: their data was to go."""
     assert task.item_id is not None
     item = await session.get(ReviewItem, task.item_id)
@@ -160,40 +199,51 @@ async def _store_task(session: AsyncSession, task: SeenTask, server_project: int
     # Also where nothing changed: `annotations_per_item` may have.
     touched = {item.id}
     for seen in task.annotations:
-        concerned = await _store_annotation(session, item, seen, server_project)
+        concerned = await _store_annotation(session, item, seen, server_project, settings)
         report.annotations += bool(concerned)
         touched |= concerned
     if item.task_id == task.id:  # a duplicate task shows only its own annotations
-        report.annotations += _mark_deleted(known, {seen.id for seen in task.annotations})
+        report.annotations += _mark_deleted(known, task)
     return touched
 
 
-def _mark_deleted(known: dict[int, Annotation], seen: set[int]) -> int:
-    gone = [row for annotation_id, row in known.items() if annotation_id not in seen and not row.deleted]
+def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> int:
+    """Each change of an annotation also dates its task. A task that is older than an annotation of ours has not lost
+    it to a person: the server was restored from a backup, and what we hold is all that is left of it.
+    """
+    seen = {annotation.id for annotation in task.annotations}
+    gone = [
+        row
+        for annotation_id, row in known.items()
+        if annotation_id > 0 and annotation_id not in seen and not row.deleted and row.updated_at <= task.updated_at
+    ]
     for row in gone:
         row.deleted, row.updated_at = True, now()
     return len(gone)
 
 
 async def _store_annotation(
-    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int
+    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings
 ) -> set[str]:
     """The items concerned: two where a restored server gave an old annotation's number to another task."""
     row = await session.get(Annotation, (server_project, seen.id))
-    new = _annotation(item, seen, server_project)
+    new = _annotation(item, seen, server_project, settings)
+    if row is not None and row.created_at != new.created_at:
+        await keep_lost(session, row)
+        row = None
     if row is None:
         session.add(new)
         return {item.id}
-    if row.model_dump() == new.model_dump():
-        return set()
+    if row.model_dump() == new.model_dump() or (not row.deleted and new.updated_at < row.updated_at):
+        return set()  # known, or as it was before we last saw it: a restored backup
     former = row.item_id
     for name, value in new.model_dump().items():
         setattr(row, name, value)
     return {former, item.id}
 
 
-def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int) -> Annotation:
-    opinion = read_result(seen.result)
+def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings) -> Annotation:
+    opinion = redacted_opinion(read_result(seen.result), item, settings.redaction)
     return Annotation(
         labelling_project=server_project,
         annotation_id=seen.id,
@@ -204,5 +254,6 @@ def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int) -> 
         must_contain=list(opinion.must_contain),
         cancelled=seen.cancelled,
         lead_seconds=seen.lead_seconds,
+        created_at=seen.created_at,
         updated_at=seen.updated_at,
     )

@@ -19,6 +19,7 @@ from labeling.label_studio import LabelStudioServer, NewTask, SeenTask
 from labeling.label_studio_http import LabelStudioRefused
 from labeling.labeling_screen import task_data
 from labeling.labelling_projects import labelling_project
+from labeling.redacted_items import bring_up_to_date
 from labeling.settings import LabelingSettings
 from labeling.tables import Feedback, ItemMember, ItemState, ReviewItem
 
@@ -36,11 +37,16 @@ class PushReport:
 
 
 async def push(database: Database, server: LabelStudioServer, project: str, settings: LabelingSettings) -> PushReport:
-    target = (await labelling_project(database, server, project, settings)).server_project
+    """With nothing to send or to remove, Label Studio is not asked."""
     report = PushReport()
-    report.removed += await _remove_withdrawn(database, server, project, target)
     async with database.read() as session:
+        withdrawn = await _withdrawn(session, project)
         items = await _next_items(session, project, settings.max_open_tasks)
+    if not withdrawn and not items:
+        return report
+    target = (await labelling_project(database, server, project, settings, sure=True)).server_project
+    report.removed += await _remove_withdrawn(database, server, target, withdrawn)
+    await bring_up_to_date(database, items, settings.redaction)
     for start in range(0, len(items), TASKS_PER_IMPORT):
         await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], report)
     if report.sent or report.removed or report.refused:
@@ -70,16 +76,19 @@ async def _next_items(session: AsyncSession, project: str, max_open_tasks: int) 
     return list((await session.execute(best)).scalars())
 
 
-async def _remove_withdrawn(database: Database, server: LabelStudioServer, project: str, target: int) -> int:
-    async with database.read() as session:
-        condition = (col(ReviewItem.project) == project) & (col(ReviewItem.state) == ItemState.WITHDRAWN)
-        rows = await session.execute(select(ReviewItem).where(condition, col(ReviewItem.task_id).is_not(None)))
-        items = list(rows.scalars())
-    found = await server.find_tasks(target, [item.id for item in items])
+async def _withdrawn(session: AsyncSession, project: str) -> list[str]:
+    """Items whose tasks may still be there."""
+    condition = (col(ReviewItem.project) == project) & (col(ReviewItem.state) == ItemState.WITHDRAWN)
+    rows = await session.execute(select(ReviewItem.id).where(condition, col(ReviewItem.task_id).is_not(None)))
+    return list(rows.scalars())
+
+
+async def _remove_withdrawn(database: Database, server: LabelStudioServer, target: int, item_ids: list[str]) -> int:
+    found = await server.find_tasks(target, item_ids)
     tasks = {task.id for seen in found.values() for task in seen}
     await server.delete_tasks(target, tasks)
     async with database.write() as session:
-        withdrawn = col(ReviewItem.id).in_([item.id for item in items])
+        withdrawn = col(ReviewItem.id).in_(item_ids)
         await session.execute(update(ReviewItem).where(withdrawn).values(task_id=None))
     return len(tasks)
 
@@ -105,9 +114,9 @@ async def _push_some(
 async def shown_comments(database: Database, items: Sequence[str]) -> dict[str, list[str]]:
     """What users said, the newest first, `COMMENTS_SHOWN` an item."""
     said = (
-        select(col(ItemMember.item_id), col(Feedback.comment))
+        select(col(ItemMember.item_id), col(ItemMember.comment))
         .join(Feedback, col(Feedback.id) == col(ItemMember.feedback_id))
-        .where(col(ItemMember.item_id).in_(items), col(Feedback.comment).is_not(None), col(Feedback.comment) != "")
+        .where(col(ItemMember.item_id).in_(items), col(ItemMember.comment).is_not(None))
         .order_by(col(Feedback.created_at).desc(), col(Feedback.id))
     )
     found: dict[str, list[str]] = {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date as Date
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, Column, Index, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Column, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from labeling.database import UtcDateTime, enum_column, new_id, now
@@ -38,6 +39,13 @@ class ItemState(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
+class Chosen(StrEnum):
+    """What decides an item's place in the queue: its score, or a draw. By hash of its id, so nobody can choose it."""
+
+    SCORE = "score"
+    RANDOM = "random"
+
+
 class LabelState(StrEnum):
     ACCEPTED = "accepted"
     DISPUTED = "disputed"
@@ -60,13 +68,16 @@ class Exchange(SQLModel, table=True):
     __tablename__ = "exchanges"
     __table_args__ = (
         UniqueConstraint("project", "completion_id"),
-        Index("ix_exchanges_request", "project", "request_id"),
+        # With the time: without it, SQLite reads a project's exchanges by age to find the newest of a request.
+        Index("ix_exchanges_request", "project", "request_id", "created_at"),
+        Index("ix_exchanges_session", "project", "session_id", "created_at"),
+        Index("ix_exchanges_age", "project", "created_at", "id"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("ex"))
     project: str
     completion_id: str
     request_id: str | None = None
-    session_id: str | None = Field(default=None, index=True)
+    session_id: str | None = None
     served: str  # the immutable name that answered, `support-bot@v2` or the base's
     messages: list[dict[str, Any]] = Field(sa_column=_json())  # a plain prompt is one user message
     parameters: dict[str, Any] = Field(sa_column=_json())
@@ -84,36 +95,57 @@ class Feedback(SQLModel, table=True):
     __tablename__ = "feedback"
     __table_args__ = (
         Index("ix_feedback_completion", "project", "completion_id"),
-        Index("ix_feedback_unfolded", "project", "folded_at"),
+        Index("ix_feedback_request", "project", "request_id"),
+        Index("ix_feedback_unfolded", "project", "folded_at", "held_until"),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
     project: str
     kind: FeedbackKind = Field(sa_column=enum_column(FeedbackKind))
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
     completion_id: str | None = None
     request_id: str | None = None
     session_id: str | None = None
     choice: int = 0
-    value: Any = Field(default=None, sa_column=_json(nullable=True))
+    value: Any = Field(default=None, sa_column=_json(nullable=True))  # a rating is 0..1 or a truth; answers as given
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
     severity: float = 0.5  # 0..1
     comment: str | None = None
-    reporter: str | None = None
+    reporter: str | None = None  # a pseudonym: labeling.reporters
     tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
     messages: list[dict[str, Any]] | None = Field(default=None, sa_column=_json(nullable=True))
     answer: str | None = None
     key_id: str | None = None
     created_at: datetime = Field(default_factory=now, sa_column=_time())
-    folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when it entered the review queue
+    folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when the queue was done with it
+    entry: str | None = None  # what the entry rules made of it, as `labeling.entry` words it
+    held_until: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # a cap: not looked at before
+
+
+class ReporterSalt(SQLModel, table=True):
+    """What a project's reporters are hashed with: made once, never changed."""
+
+    __tablename__ = "reporter_salts"
+    project: str = Field(primary_key=True)
+    salt: str
 
 
 class ReviewItem(SQLModel, table=True):
-    """One distinct problem: all members share the normalised prompt. `answer` is the newest flagged one."""
+    """One distinct problem. `messages` is its first wording, `answer` the newest flagged answer to that wording.
+
+    Its texts are redacted, and so is all that comes of it: tasks, labels, training rows, exam items.
+    """
 
     __tablename__ = "review_items"
-    __table_args__ = (UniqueConstraint("project", "prompt_digest", "round"),)
+    __table_args__ = (
+        UniqueConstraint("project", "prompt_digest", "round"),
+        Index("ix_review_items_project", "project", "id"),
+        # The next tasks, and how many are open, without reading the others.
+        Index("ix_review_items_queue", "project", "state", text("score DESC"), "created_at", "id"),
+        Index("ix_review_items_scored", "project", "scored_at"),
+        Index("ix_review_items_unmeasured", "project", "uncertainty_tries", "id"),
+    )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("it"))
-    project: str = Field(index=True)
+    project: str
     prompt_digest: str
     round: int = 1  # a problem flagged again after its label was trained opens the next round
     messages: list[dict[str, Any]] = Field(sa_column=_json())
@@ -121,9 +153,16 @@ class ReviewItem(SQLModel, table=True):
     served: str | None = None
     prefilled: str | None = None  # a correction that an app or its user offered
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
+    redacted: dict[str, int] = Field(default_factory=dict, sa_column=_json())  # kind -> places replaced in its texts
     count: int = 0
     severity: float = 0.5
+    chosen: Chosen = Field(default=Chosen.SCORE, sa_column=enum_column(Chosen))
+    uncertainty: float | None = None  # 0..1, how unsure the model was of `answer`; None = not known
+    uncertainty_tries: int = 0  # `labeling.uncertainty` says what it means
+    novelty: float | None = None  # 0..1, distance to what is labelled already; None = not known
+    factors: dict[str, float] = Field(default_factory=dict, sa_column=_json())  # what `score` was made of
     score: float = 0.0  # 0..1, the higher the sooner a labeller sees it
+    scored_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # None: novelty is still to come
     held_out: bool = False  # labelled, but never trained on; set at creation, before anyone labels
     state: ItemState = Field(default=ItemState.OPEN, sa_column=enum_column(ItemState))
     task_id: int | None = Field(default=None, index=True)
@@ -137,11 +176,55 @@ class ItemMember(SQLModel, table=True):
     __tablename__ = "item_members"
     feedback_id: str = Field(primary_key=True, foreign_key="feedback.id")
     item_id: str = Field(foreign_key="review_items.id", index=True)
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
+    comment: str | None = None  # the feedback's, redacted
+
+
+class ItemWording(SQLModel, table=True):
+    """Which item a prompt belongs to where wordings fold: `item_digest` is the item's own prompt, the first wording."""
+
+    __tablename__ = "item_wordings"
+    __table_args__ = (Index("ix_item_wordings_near", "project", "near_key"),)
+    project: str = Field(primary_key=True)
+    prompt_digest: str = Field(primary_key=True)
+    item_digest: str = Field(index=True)
+    near_key: int | None = Field(default=None, sa_column=Column(BigInteger, nullable=True))  # QuestionForm.key
+
+
+class FoldProgress(SQLModel, table=True):
+    """How far the items that were there before a kind of folding was switched on are known to it."""
+
+    __tablename__ = "fold_progress"
+    project: str = Field(primary_key=True)
+    kind: str = Field(primary_key=True)
+    item_id: str
+
+
+class EntryCount(SQLModel, table=True):
+    """How many feedback a day's rule or cap has counted. `scope`: reporter, key, item, project, or `left out`."""
+
+    __tablename__ = "entry_counts"
+    project: str = Field(primary_key=True)
+    day: Date = Field(primary_key=True)  # UTC
+    scope: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    count: int = 0
+
+
+class EntryProgress(SQLModel, table=True):
+    """How far a rule has looked through the captured exchanges, whose ids sort by time."""
+
+    __tablename__ = "entry_progress"
+    project: str = Field(primary_key=True)
+    rule: str = Field(primary_key=True)
+    exchange_id: str
 
 
 class Annotation(SQLModel, table=True):
-    """Label Studio's annotation as last seen; (server project, annotation id) is its identity."""
+    """Label Studio's annotation as last seen; (server project, annotation id) is its identity.
+
+    Negative ids: annotations that the server has lost (`labeling.lost_annotations`).
+    """
 
     __tablename__ = "annotations"
     labelling_project: int = Field(primary_key=True)
@@ -154,13 +237,28 @@ class Annotation(SQLModel, table=True):
     cancelled: bool = False
     deleted: bool = False
     lead_seconds: float | None = None
+    # Tells two annotations of one number apart.
+    created_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
     updated_at: datetime = Field(sa_column=_time())
+
+
+class ArchivedTask(SQLModel, table=True):
+    """A task that left Label Studio after its label was settled, in the form that Label Studio imports."""
+
+    __tablename__ = "archived_tasks"
+    item_id: str = Field(primary_key=True, foreign_key="review_items.id")
+    project: str = Field(index=True)
+    labelling_project: int
+    task_id: int
+    task: dict[str, Any] = Field(sa_column=_json())
+    archived_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
 class Label(SQLModel, table=True):
     """The accepted (or refused, with its reason) outcome of an item's annotations; one row an item."""
 
     __tablename__ = "labels"
+    __table_args__ = (Index("ix_labels_changed", "project", "updated_at"),)
     item_id: str = Field(primary_key=True, foreign_key="review_items.id")
     id: str = Field(default_factory=lambda: new_id("lb"), unique=True)
     project: str = Field(index=True)
@@ -180,7 +278,7 @@ class Label(SQLModel, table=True):
 
 
 class GoodAnswer(SQLModel, table=True):
-    """An exchange that users rated good: the rolling hold-out of answers that must stay good."""
+    """An exchange that users rated good: the rolling hold-out of answers that must stay good. Redacted."""
 
     __tablename__ = "good_answers"
     __table_args__ = (UniqueConstraint("project", "prompt_digest"),)
@@ -189,7 +287,7 @@ class GoodAnswer(SQLModel, table=True):
     prompt_digest: str
     messages: list[dict[str, Any]] = Field(sa_column=_json())
     answer: str
-    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id")
+    exchange_id: str | None = Field(default=None, foreign_key="exchanges.id", index=True)
     must_contain: list[str] = Field(
         default_factory=list, sa_column=_json()
     )  # from the rating's tag `must_contain`, when given
@@ -205,3 +303,13 @@ class LabellingProject(SQLModel, table=True):
     watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by the server's clock
     watermark_moved_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by ours
     swept_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+
+
+class ExchangeRetention(SQLModel, table=True):
+    """What became of a project's old exchanges: `labeling.retention` writes it, /metrics shows it."""
+
+    __tablename__ = "exchange_retention"
+    project: str = Field(primary_key=True)
+    deleted: int = 0  # ever
+    needed: int = 0  # as old, but kept at the last look because something refers to them
+    looked_at: datetime = Field(default_factory=now, sa_column=_time())

@@ -7,6 +7,8 @@ import unicodedata
 from typing import Any
 
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-"})
+_INDENTED = re.compile(r"^(?: {2,}|\t)\S", re.MULTILINE)
+_STATEMENT = re.compile(r"[;:{}()\[\]=][ \t]*$", re.MULTILINE)
 _EDGES = " \t\n.,;:!?\"'"
 
 
@@ -15,6 +17,11 @@ def text_parts(content: Any) -> list[str] | None:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return [str(part.get("text", "")) for part in content]
     return None
+
+
+def holds_code_block(text: str) -> bool:
+    """Then upper case, line breaks and indentation may mean something."""
+    return "```" in text or (_INDENTED.search(text) is not None and _STATEMENT.search(text) is not None)
 
 
 def same_wording(one: str, other: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labeling.near_duplicates import NearDuplicates, normalised_prompt
+from labeling.near_duplicates import NearDuplicates, normalised_prompt, repeated
 from loop.digests import read_jsonl
 from loop.scoring import ExamItem
 from loop.settings import GateSettings
@@ -31,13 +31,13 @@ class Cleaned:
 def clean(rows: Sequence[Row], held_out: Iterable[ExamItem], others: Iterable[ExamItem]) -> Cleaned:
     """`rows` as the trainer gets them: {id, messages}, the last message being the answer."""
     identical = {_prompt(item.messages): item.id for item in held_out}
-    near: NearDuplicates[str] = NearDuplicates(NEAR)
-    for item in others:
-        near.add(item.id, _prompt(item.messages))
+    exam = [(item.id, _prompt(item.messages)) for item in others]
+    prompts = [_prompt(row["messages"]) for row in rows]
+    near = _near(exam, prompts)
     kept: list[Row] = []
     dropped: list[str] = []
-    for row in rows:
-        leak = _leak(_prompt(row["messages"]), identical, near)
+    for row, prompt in zip(rows, prompts, strict=True):
+        leak = _leak(prompt, identical, near)
         if leak is None:
             kept.append(row)
         else:
@@ -57,6 +57,16 @@ def suite_items(gate: GateSettings) -> list[ExamItem]:
         for number, row in enumerate(read_jsonl(path))
         if isinstance(row.get("question"), str)
     ]
+
+
+def _near(exam: Sequence[tuple[str, str]], prompts: Sequence[str]) -> NearDuplicates[str]:
+    """The exam items that have something alike, among themselves or in the prompts: mostly none."""
+    near: NearDuplicates[str] = NearDuplicates(NEAR)
+    alike = repeated([*(text for _, text in exam), *prompts])
+    for (item, text), proposed in zip(exam, alike[: len(exam)], strict=True):
+        if proposed:
+            near.add(item, text)
+    return near
 
 
 def _leak(prompt: str, identical: dict[str, str], near: NearDuplicates[str]) -> str | None:

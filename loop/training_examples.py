@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
-from labeling.tables import GoodAnswer, Label, ReviewItem
+from labeling.redaction.redactor import Redactor
+from labeling.tables import GoodAnswer, ItemWording, Label, ReviewItem
 from labeling.wording import text_parts
 from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving
@@ -79,16 +80,49 @@ async def _held(session: AsyncSession, project: str) -> set[str]:
 
 
 async def good_answers(session: AsyncSession, project: str, limit: int) -> list[GoodAnswer]:
-    """The newest good answers, less those whose prompt a labeller has corrected since."""
+    """The newest good answers, less those whose prompt, in any wording, a labeller has corrected since."""
     corrected = {label.item_id for label in await labels_ready(session, project)}
     digests = select(ReviewItem.prompt_digest).where(col(ReviewItem.id).in_(corrected))
+    wordings = select(ItemWording.prompt_digest).where(
+        col(ItemWording.project) == project, col(ItemWording.item_digest).in_(digests)
+    )
     rows = await session.execute(
         select(GoodAnswer)
-        .where(col(GoodAnswer.project) == project, col(GoodAnswer.prompt_digest).not_in(digests))
+        .where(
+            col(GoodAnswer.project) == project,
+            col(GoodAnswer.prompt_digest).not_in(digests),
+            col(GoodAnswer.prompt_digest).not_in(wordings),
+        )
         .order_by(col(GoodAnswer.created_at).desc(), col(GoodAnswer.id))
         .limit(limit)
     )
     return list(rows.scalars())
+
+
+def redacted_labels(labels: Iterable[Label], by: Redactor) -> tuple[Label, ...]:
+    """Labels as today's settings would have them: those made before redaction was on, or a pattern added, too."""
+    return tuple(_redacted_label(label, by) for label in labels)
+
+
+def _redacted_label(label: Label, by: Redactor) -> Label:
+    texts = by.open().exchange(label.messages, label.flagged_answer, [label.correction or "", *label.must_contain])
+    if not texts.counts:
+        return label
+    correction, *must_contain = texts.others
+    changed = {"messages": texts.messages, "flagged_answer": texts.answer, "must_contain": must_contain}
+    return Label(**{**label.model_dump(), **changed, "correction": correction or None})
+
+
+def redacted_good_answers(answers: Iterable[GoodAnswer], by: Redactor) -> list[GoodAnswer]:
+    return [_redacted_good_answer(answer, by) for answer in answers]
+
+
+def _redacted_good_answer(good: GoodAnswer, by: Redactor) -> GoodAnswer:
+    texts = by.open().exchange(good.messages, good.answer, good.must_contain)
+    if not texts.counts:
+        return good
+    changed = {"messages": texts.messages, "answer": texts.answer, "must_contain": texts.others}
+    return GoodAnswer(**{**good.model_dump(), **changed})
 
 
 def label_row(label: Label) -> Row:

@@ -16,10 +16,9 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from sqlmodel import col, select
 
 from labeling.errors import NightschoolError
-from labeling.feedback import fold
-from labeling.pull import pull
-from labeling.push import push
-from loop import projects, promotion, reconcile, schedule
+from labeling.retention import forget_old_exchanges
+from labeling.sync import LabelSync
+from loop import projects, promotion, reconcile, schedule, uncertainty
 from loop.runner import Runner
 from loop.settings import MlflowSettings, ProjectSettings
 from loop.tables import Night, NightState
@@ -27,13 +26,16 @@ from loop.tables import Night, NightState
 log = structlog.get_logger()
 RECONCILE_SECONDS = 5.0
 LOOK_SECONDS = 5.0
+RETENTION_SECONDS = 3600.0
 
 
 @dataclass
 class Worker:
     runner: Runner
     mlflow: MlflowSettings
+    hook_url: str = ""  # where Label Studio reaches our hooks, "" where it can't
     scheduler: AsyncIOScheduler | None = None
+    _syncs: dict[str, LabelSync] = field(default_factory=dict)
     _wakes: list[asyncio.Event] = field(default_factory=list)
     _tasks: set[asyncio.Task[object]] = field(default_factory=set)
     _prepared: set[str] = field(default_factory=set)
@@ -41,14 +43,23 @@ class Worker:
     async def start(self) -> None:
         """Prepares the projects and starts the jobs; the first look for nights catches up on the latest missed one."""
         configured = self.runner.projects
+        clients = self.runner.clients
         for project in configured.values():
             await self._prepare(project)
+            self._syncs[project.name] = LabelSync(
+                clients.database, clients.label_studio, project.name, project.labeling, self.hook_url
+            )
         every = {
             "registry": (self.mlflow.poll_seconds, self.poll_registry),
             "reconcile": (RECONCILE_SECONDS, self.reconcile),
         }
         for project in configured.values():
-            every[f"labels:{project.name}"] = (project.labeling.poll_seconds, partial(self.sync_labels, project))
+            sync = self._syncs[project.name]
+            every[f"labels:{project.name}"] = (project.labeling.poll_seconds, sync.round)
+            self._spawn(sync.run(), f"label hints of {project.name}")
+            looks = project.labeling.selection.look_seconds
+            every[f"uncertainty:{project.name}"] = (looks, partial(self.measure_uncertainty, project))
+            every[f"retention:{project.name}"] = (RETENTION_SECONDS, partial(self.forget_old, project))
         self.scheduler = schedule.build_scheduler(configured, self._due, every)
         self.scheduler.start()
         self._spawn(self._nights(), "nights")
@@ -66,15 +77,27 @@ class Worker:
         for wake in self._wakes:
             wake.set()
 
-    async def sync_labels(self, project: ProjectSettings) -> None:
-        """Feedback folded, tasks pushed, annotations pulled; an outside system that is down is tried again later."""
+    def hint_labels(self, project: str) -> None:
+        """Label Studio says that something changed; before the start, and of another's project, nothing is done."""
+        if project in self._syncs:
+            self._syncs[project].hint()
+
+    async def measure_uncertainty(self, project: ProjectSettings) -> None:
+        """In the background, a little at a time; an engine that is away is asked again at the next look."""
         clients = self.runner.clients
         try:
-            await fold(clients.database, project.name, project.labeling)
-            await push(clients.database, clients.label_studio, project.name, project.labeling)
-            await pull(clients.database, clients.label_studio, project.name, project.labeling)
+            await uncertainty.measure(clients, project)
+            await uncertainty.find_unlikely(clients, project)
         except NightschoolError as error:
-            log.warning("labels_not_synced", project=project.name, code=error.code, reason=str(error), hint=error.hint)
+            log.info("uncertainty_not_measured", project=project.name, code=error.code, reason=str(error))
+
+    async def forget_old(self, project: ProjectSettings) -> None:
+        """Exchanges beyond the project's days; what could not be deleted now is looked at again in an hour."""
+        try:
+            days = project.labeling.keep_exchanges_days
+            await forget_old_exchanges(self.runner.clients.database, project.name, days)
+        except NightschoolError as error:
+            log.warning("old_exchanges_not_deleted", project=project.name, code=error.code, reason=str(error))
 
     async def poll_registry(self) -> None:
         for project in self.runner.projects.values():

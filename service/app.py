@@ -21,18 +21,23 @@ from litestar.types import ControllerRouterHandler
 
 from labeling.database import Database
 from labeling.errors import NightschoolError
+from labeling.reporters import Reporters
+from labeling.retention import retention_counts
 from service.alias_table import AliasTable, Upstream
 from service.auth import KeyRing
 from service.capture import CaptureQueue
+from service.feedback_desk import FeedbackDesk
 from service.gateway import Gateway
 from service.health import Check
-from service.ingest import IngestWriter, forget_answers
+from service.idempotency import forget_answers
+from service.ingest import IngestWriter
 from service.metrics import Metrics
 from service.problems import HANDLERS
 from service.routes.adapters import adapter_routes
 from service.routes.completions import completion_routes
 from service.routes.feedback import feedback_routes
 from service.routes.health import health_routes
+from service.routes.tensorzero import tensorzero_routes
 from service.settings import Settings
 from service.upstream import Replicas
 
@@ -40,6 +45,7 @@ log = structlog.get_logger(__name__)
 ALIASES_SECONDS = 1.0
 KEYS_SECONDS = 10.0
 FORGET_SECONDS = 3600.0
+RETENTION_SECONDS = 30.0
 STOP_SECONDS = 5.0
 
 Lifespan = Callable[[Litestar], AbstractAsyncContextManager[None]]
@@ -54,6 +60,7 @@ class AppState:
     keys: KeyRing
     capture: CaptureQueue
     ingest: IngestWriter
+    reporters: Reporters
     metrics: Metrics
     checks: Mapping[str, Check] = field(default_factory=dict)
 
@@ -74,6 +81,7 @@ def assemble(
         keys=KeyRing(),
         capture=CaptureQueue(settings.http.capture_queue, metrics),
         ingest=IngestWriter(database, settings.http.ingest_queue, metrics),
+        reporters=Reporters(),
         metrics=metrics,
         checks=checks or {},
     )
@@ -93,10 +101,12 @@ def create_app(
     aliases, keys = state.aliases, state.keys
     replicas = Replicas(aliases, state.metrics, settings.http.upstream_timeout_seconds)
     gateway = Gateway(aliases, replicas, keys, state.capture, state.metrics, settings.http.max_body_bytes)
+    desk = FeedbackDesk(state.ingest, keys, state.reporters, tuple(aliases.projects), settings.http.max_body_bytes)
     engines = {f"vllm {upstream.url}": partial(replicas.check, upstream) for upstream in aliases.upstreams}
     routes: list[ControllerRouterHandler] = [
         *completion_routes(gateway),
-        *feedback_routes(state.database, state.ingest, keys, aliases.projects),
+        *feedback_routes(state.database, desk),
+        *tensorzero_routes(desk, {project.name: project.labeling.metrics for project in settings.projects}),
         *adapter_routes(aliases, keys),
         *health_routes(state.database, engines, state.checks, state.metrics),
         *extra_routes,
@@ -121,6 +131,7 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
     """Loads aliases and keys, runs the writers, and at the end lets them store what was taken in."""
     await state.keys.load(state.database)
     await state.aliases.load(state.database)
+    await state.reporters.load(state.database, state.aliases.projects)
     await replicas.open()
     jobs: list[Coroutine[Any, Any, None]] = [
         state.ingest.run(),
@@ -128,6 +139,7 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
         _again(ALIASES_SECONDS, lambda: state.aliases.load(state.database)),
         _again(KEYS_SECONDS, lambda: state.keys.load(state.database)),
         _again(FORGET_SECONDS, lambda: forget_answers(state.database)),
+        _again(RETENTION_SECONDS, lambda: _show_retention(state)),
     ]
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
@@ -150,6 +162,13 @@ async def _again(seconds: float, load: Callable[[], Coroutine[Any, Any, None]]) 
             log.warning("not_refreshed", error=str(error))
         except Exception:  # the edge of a task that nobody awaits: dead, it would leave an old alias serving
             log.exception("not_refreshed")
+
+
+async def _show_retention(state: AppState) -> None:
+    """Another process may be the one that deletes: its counts stand in the database."""
+    for row in await retention_counts(state.database):
+        state.metrics.exchanges_deleted.labels(row.project).set(row.deleted)
+        state.metrics.exchanges_needed.labels(row.project).set(row.needed)
 
 
 async def _drain(state: AppState) -> None:

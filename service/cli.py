@@ -29,9 +29,15 @@ app = typer.Typer(
 night = typer.Typer(help="Run a night, or see how one went.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: made once, shown once, revoked.", no_args_is_help=True)
 labels = typer.Typer(help="Labels that were refused, or held back after a rejected night.", no_args_is_help=True)
+feedback = typer.Typer(help="Feedback that waits for its exchange.", no_args_is_help=True)
 app.add_typer(night, name="night")
+app.add_typer(feedback, name="feedback")
 app.add_typer(keys, name="keys")
 app.add_typer(labels, name="labels")
+queue = typer.Typer(
+    help="The review queue: what waits, why in that order, what choosing has brought.", no_args_is_help=True
+)
+app.add_typer(queue, name="queue")
 
 
 def main() -> None:
@@ -150,6 +156,12 @@ def labels_held(settings: SettingsPath = DEFAULT, project: Project = None, as_js
     _call("commands.labels:held", settings, project=project, as_json=as_json)
 
 
+@labels.command("archived")
+def labels_archived(settings: SettingsPath = DEFAULT, project: Project = None) -> None:
+    """Print the settled tasks that left Label Studio as JSON lines, which it imports again."""
+    _call("commands.labels:archived", settings, project=project)
+
+
 @labels.command("confirm")
 def labels_confirm(
     label_ids: Annotated[list[str], typer.Argument(help="Label ids from `labels held`.")],
@@ -158,6 +170,23 @@ def labels_confirm(
 ) -> None:
     """Let held labels into training again: a person has looked at them."""
     _call("commands.labels:confirm", settings, label_ids, project=project)
+
+
+@queue.command("report")
+def queue_report(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """Length, age, what caps hold back, and whether items chosen by score beat items drawn at random."""
+    _call("commands.queue:report", settings, project=project, as_json=as_json)
+
+
+@queue.command("next")
+def queue_next(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="How many to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The items that come next, and the factors that put them there; a ? marks one that is not known."""
+    _call("commands.queue:show_next", settings, project=project, limit=limit, as_json=as_json)
 
 
 @keys.command("create")
@@ -184,6 +213,76 @@ def keys_revoke(
 ) -> None:
     """End a key now."""
     _call("commands.keys:revoke", settings, key_id)
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="JSON lines, plain or gzip; a folder or file of an export.")],
+    settings: SettingsPath = DEFAULT,
+    project: Annotated[
+        str | None,
+        typer.Option("--project", "-p", help="Where the rows go; rows of an export otherwise stay in theirs."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="nightschool, feedback, tensorzero, openai or langfuse; default: found."),
+    ] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(help="NAME=WORST:BEST of a rating that is not 0..1, such as stars=1:5.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out ratings of this name.")] = None,
+    refused: Annotated[Path | None, typer.Option(help="Write refused lines here instead of on the screen.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check everything, store nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="From line 1, not from where it was broken off.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring in exchanges and feedback from elsewhere; again changes nothing, broken off it goes on where it was."""
+    _call(
+        "commands.transfer:import_files",
+        settings,
+        files,
+        project=project,
+        form=form,
+        scale=scale or [],
+        skip=skip or [],
+        refused=refused,
+        dry_run=dry_run,
+        restart=restart,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="A file (.gz packs it); with parquet a folder.")],
+    settings: SettingsPath = DEFAULT,
+    project: Annotated[str | None, typer.Option("--project", "-p", help="Only this one's rows.")] = None,
+    table: Annotated[list[str] | None, typer.Option(help="Only this table; may be given several times.")] = None,
+    form: Annotated[str, typer.Option("--format", help="jsonl or parquet.")] = "jsonl",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Everything that is known, into a file that `import` reads."""
+    _call("commands.export:run", settings, target, project=project, tables=table or [], form=form, force=force)
+
+
+@feedback.command("unlinked")
+def feedback_unlinked(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many to show, the oldest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Feedback that names an exchange which never came: what it named, and how old it is."""
+    _call("commands.feedback:unlinked", settings, project=project, limit=limit, as_json=as_json)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which bench, or all.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Measure Nightschool against its bars: ratios of two things in one run."""
+    _call("commands.bench:run", name, as_json=as_json)
 
 
 @app.command()

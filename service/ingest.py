@@ -5,28 +5,29 @@ and only then is each sender answered.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import delete
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col, select
 
-from labeling.database import Database, insert_or_nothing, now
-from labeling.errors import Conflict, InvalidInput, NightschoolError, Unavailable
-from labeling.exchanges import link_new
+from labeling.answers import answer_text
+from labeling.bulk import BulkInsert
+from labeling.database import Database, TransactionLost
+from labeling.errors import InvalidInput, NightschoolError, Unavailable
+from labeling.exchanges import knows_session, link_new
 from labeling.feedback_body import FeedbackBody
+from labeling.reporters import Reporters
 from labeling.tables import Feedback
+from service.idempotency import Answer, IdempotencyInFlight, Once, Place, claim
 from service.metrics import Metrics
-from service.tables import IdempotentAnswer
 
 log = structlog.get_logger(__name__)
-BATCH = 256
-REMEMBERED = timedelta(days=2)
+BATCH = 256  # rows of one commit, where no single request brings more
+WAITING_BYTES = 64 * 1024 * 1024  # long bodies must not fill the memory before the count of rows does
+TRIES = 3  # of a transaction that PostgreSQL gave up in favour of another
 
 
 class IngestFull(Unavailable):
@@ -39,66 +40,73 @@ class IngestClosing(Unavailable):
     default_hint = "Send it again after Retry-After seconds; nothing of it was kept."
 
 
-class IdempotencyMismatch(InvalidInput):
-    code = "idempotency_mismatch"
-    default_hint = "Use a new Idempotency-Key for each new feedback."
-
-
-class IdempotencyInFlight(Conflict):
-    code = "idempotency_in_flight"
-    default_hint = "Wait for the answer to the first request, or ask again in a second."
-
-
 class Unstorable(InvalidInput):
     code = "unstorable_feedback"
     default_hint = "The database refuses a value in it; send plain text of ordinary length."
 
 
-@dataclass(frozen=True)
-class Once:
-    """An Idempotency-Key of an API key, and what it was first used for."""
-
-    key_id: str
-    name: str
-    body_digest: str
-
-    @property
-    def place(self) -> tuple[str, str]:
-        return self.key_id, self.name
-
-    @classmethod
-    def of(cls, key_id: str, name: str, body: bytes) -> Once:
-        return cls(key_id, name, hashlib.sha256(body).hexdigest())
+def receipt(row: Feedback) -> dict[str, Any]:
+    return {"id": row.id, "linked": row.exchange_id is not None}
 
 
-@dataclass(frozen=True)
+def accepted(rows: Sequence[Feedback]) -> Answer:
+    """To a request with one feedback."""
+    return Answer(202, receipt(rows[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Submission:
+    """The feedback of one request: stored together or not at all. `answer` is called once links are known."""
+
+    rows: Sequence[Feedback]
+    once: Once | None = None
+    size: int = 0  # bytes of its body
+    answer: Callable[[Sequence[Feedback]], Answer] = accepted
+
+
+Settled = Answer | NightschoolError
+
+
+@dataclass(frozen=True, eq=False)
 class _Entry:
-    row: Feedback
-    once: Once | None
-    done: asyncio.Future[dict[str, Any]]
+    submission: Submission
+    done: asyncio.Future[Answer]
 
 
 class IngestWriter:
-    def __init__(self, database: Database, limit: int, metrics: Metrics) -> None:
-        self._database = database
-        self._queue: asyncio.Queue[_Entry] = asyncio.Queue(limit)
-        self._in_flight: set[tuple[str, str]] = set()
-        self._metrics = metrics
+    """`limit` bounds the rows that wait, `batch` those of one commit."""
 
-    async def submit(self, row: Feedback, once: Once | None = None) -> dict[str, Any]:
-        """The answer, {"id", "linked"}, once the row is on disk."""
+    def __init__(self, database: Database, limit: int, metrics: Metrics, batch: int = BATCH) -> None:
+        self._database = database
+        self.limit = limit
+        self._batch = batch
+        self._queue: asyncio.Queue[_Entry] = asyncio.Queue()
+        self._rows = self._bytes = 0
+        self._in_flight: set[Place] = set()
+        self._metrics = metrics
+        self._insert = BulkInsert(Feedback)
+
+    async def submit(self, submission: Submission) -> Answer:
+        """The answer, once the rows are on disk."""
+        once = submission.once
         if once is None:
-            return await self._enqueue(row, None)
+            return await self._stored(submission)
         if once.place in self._in_flight:
             raise IdempotencyInFlight(f"the first request with Idempotency-Key {once.name!r} is still being answered")
         self._in_flight.add(once.place)
         try:
-            return await self._enqueue(row, once)
+            return await self._stored(submission)
         finally:
             self._in_flight.discard(once.place)
 
+    async def rehearse(self, rows: Sequence[Feedback]) -> list[bool]:
+        """Whether each would be linked by now; nothing is stored."""
+        async with self._database.read() as session:
+            await link_new(session, rows)
+            return [row.exchange_id is not None or await _of_known_session(session, row) for row in rows]
+
     def waiting(self) -> int:
-        return self._queue.qsize()
+        return self._rows
 
     async def run(self) -> None:
         """The writer, until it is cancelled; whatever waits then is told so."""
@@ -112,20 +120,29 @@ class IngestWriter:
     async def drained(self) -> None:
         await self._queue.join()
 
-    async def _enqueue(self, row: Feedback, once: Once | None) -> dict[str, Any]:
-        entry = _Entry(row, once, asyncio.get_running_loop().create_future())
-        try:
-            self._queue.put_nowait(entry)
-        except asyncio.QueueFull:
-            self._metrics.feedback_refused.labels(IngestFull.code).inc()
-            raise IngestFull(f"{self._queue.maxsize} feedback wait for their commit already") from None
+    async def _stored(self, submission: Submission) -> Answer:
         # Shielded: a sender that hangs up must not cancel what a commit is about to settle.
-        return await asyncio.shield(entry.done)
+        return await asyncio.shield(self.enqueue(submission))
+
+    def enqueue(self, submission: Submission) -> asyncio.Future[Answer]:
+        """For the writer's next commit, or IngestFull. `submit` waits for it, too."""
+        rows, size = len(submission.rows), submission.size
+        # One body that alone is over the bytes is taken when nothing else waits: refused, it could never be sent.
+        if self._rows + rows > self.limit or (self._rows and self._bytes + size > WAITING_BYTES):
+            self._metrics.feedback_refused.labels(IngestFull.code).inc(rows)
+            raise IngestFull(f"{self._rows} feedback wait for their commit already")
+        entry = _Entry(submission, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(entry)
+        self._rows += rows
+        self._bytes += size
+        return entry.done
 
     async def _take(self) -> list[_Entry]:
         batch = [await self._queue.get()]
-        while len(batch) < BATCH and not self._queue.empty():
+        rows = len(batch[0].submission.rows)
+        while rows < self._batch and not self._queue.empty():
             batch.append(self._queue.get_nowait())
+            rows += len(batch[-1].submission.rows)
         return batch
 
     async def _write(self, batch: list[_Entry]) -> None:
@@ -136,107 +153,74 @@ class IngestWriter:
                 _fail(entry, IngestClosing("the service is stopping"))
             raise
         except Exception as error:
-            log.error("feedback_not_committed", rows=len(batch), exc_info=error)
+            log.error("feedback_not_committed", requests=len(batch), exc_info=error)
             for entry in batch:
                 _fail(entry, error)
         finally:
-            for _ in batch:
+            for entry in batch:
+                self._rows -= len(entry.submission.rows)
+                self._bytes -= entry.submission.size
                 self._queue.task_done()
 
     async def _settle(self, batch: list[_Entry]) -> None:
+        for entry, settled in zip(batch, await self._settled([e.submission for e in batch]), strict=True):
+            _resolve(entry, settled)
+
+    async def _settled(self, batch: list[Submission]) -> Sequence[Settled]:
         try:
-            answers = await self._commit(batch)
+            return await self._commit_again(batch)
         except Unavailable as error:
-            self._metrics.feedback_refused.labels(error.code).inc(len(batch))
-            answers = [error] * len(batch)
+            self._refused(error, batch)
+            return [error] * len(batch)
         except SQLAlchemyError as error:
-            # One row that the database refuses must not take the others with it.
-            answers = [await self._alone(entry, error, len(batch)) for entry in batch]
-        for entry, answer in zip(batch, answers, strict=True):
-            _resolve(entry, answer)
+            if len(batch) > 1:  # one that the database refuses must not take the others with it
+                return [(await self._settled([one]))[0] for one in batch]
+            # Not its text, which quotes the values.
+            log.warning("feedback_refused_by_database", error=type(getattr(error, "orig", error)).__name__)
+            unstorable = Unstorable("the database refused this feedback")
+            self._refused(unstorable, batch)
+            return [unstorable]
 
-    async def _alone(self, entry: _Entry, error: SQLAlchemyError, of: int) -> dict[str, Any] | NightschoolError:
-        if of > 1:
+    def _refused(self, error: NightschoolError, batch: list[Submission]) -> None:
+        self._metrics.feedback_refused.labels(error.code).inc(sum(len(one.rows) for one in batch))
+
+    async def _commit_again(self, batch: list[Submission]) -> list[Settled]:
+        for _ in range(TRIES - 1):
             try:
-                return (await self._commit([entry]))[0]
-            except Unavailable as unavailable:
-                return unavailable
-            except SQLAlchemyError as again:
-                error = again
-        log.warning("feedback_refused_by_database", error=str(error)[:300])
-        self._metrics.feedback_refused.labels(Unstorable.code).inc()
-        return Unstorable("the database refused this feedback")
+                return await self._commit(batch)
+            except TransactionLost as error:
+                log.info("feedback_commit_repeated", error=str(error))
+        return await self._commit(batch)
 
-    async def _commit(self, batch: list[_Entry]) -> list[dict[str, Any] | NightschoolError]:
+    async def _commit(self, batch: list[Submission]) -> list[Settled]:
         """One transaction; an Idempotency-Key that was used before is answered as then and adds no row."""
         async with self._database.write() as session:
-            await link_new(session, [entry.row for entry in batch])
-            earlier = await _claim(session, batch)
-            fresh = [
-                entry.row for entry in batch if not (entry.once and (entry.once.key_id, entry.once.name) in earlier)
-            ]
-            if fresh:
-                await session.execute(insert_or_nothing(session, *fresh))
-        self._metrics.commits.observe(len(batch))
-        for row in fresh:
+            await link_new(session, [row for one in batch for row in one.rows])
+            answers = [one.answer(one.rows) for one in batch]
+            named = [(one.once, answer) for one, answer in zip(batch, answers, strict=True) if one.once]
+            earlier = await claim(session, named) if named else {}
+            fresh = [one for one in batch if one.once is None or one.once.place not in earlier]
+            rows = [row for one in fresh for row in one.rows]
+            await self._insert(session, rows)
+        self._metrics.commits.observe(len(rows))
+        for row in rows:
             self._metrics.feedback.labels(row.project, row.kind.value).inc()
-        return [_answer(entry, earlier) for entry in batch]
+        return [
+            one.once.repeat(earlier[one.once.place]) if one.once and one.once.place in earlier else answer
+            for one, answer in zip(batch, answers, strict=True)
+        ]
 
 
-async def _claim(session: AsyncSession, batch: list[_Entry]) -> dict[tuple[str, str], IdempotentAnswer]:
-    """Remembers the answers to keys used for the first time; returns what others were answered with."""
-    claims = sorted((c for c in map(_claim_row, batch) if c), key=lambda c: (c.key_id, c.idempotency_key))
-    if not claims:
-        return {}
-    table = IdempotentAnswer
-    statement = insert_or_nothing(session, *claims).returning(col(table.key_id), col(table.idempotency_key))
-    won = {(key_id, name) for key_id, name in (await session.execute(statement)).all()}
-    lost = [claim for claim in claims if (claim.key_id, claim.idempotency_key) not in won]
-    if not lost:
-        return {}
-    names = col(table.idempotency_key).in_([claim.idempotency_key for claim in lost])
-    known = (await session.execute(select(table).where(names))).scalars().all()
-    wanted = {(claim.key_id, claim.idempotency_key) for claim in lost}
-    return {(k.key_id, k.idempotency_key): k for k in known if (k.key_id, k.idempotency_key) in wanted}
+async def _of_known_session(session: AsyncSession, row: Feedback) -> bool:
+    named = row.completion_id is None and row.request_id is None and row.session_id is not None
+    return named and await knows_session(session, row.project, str(row.session_id))
 
 
-async def forget_answers(database: Database) -> None:
-    """Idempotency-Keys are good for two days: longer than any client repeats a request."""
-    async with database.write() as session:
-        await session.execute(delete(IdempotentAnswer).where(col(IdempotentAnswer.created_at) < now() - REMEMBERED))
-
-
-def _claim_row(entry: _Entry) -> IdempotentAnswer | None:
-    once = entry.once
-    if once is None:
-        return None
-    return IdempotentAnswer(
-        key_id=once.key_id,
-        idempotency_key=once.name,
-        body_digest=once.body_digest,
-        status=202,
-        answer=_receipt(entry.row),
-    )
-
-
-def _answer(entry: _Entry, earlier: dict[tuple[str, str], IdempotentAnswer]) -> dict[str, Any] | NightschoolError:
-    known = earlier.get(entry.once.place) if entry.once else None
-    if known is None or entry.once is None:
-        return _receipt(entry.row)
-    if known.body_digest != entry.once.body_digest:
-        return IdempotencyMismatch(f"Idempotency-Key {entry.once.name!r} was used for another body")
-    return known.answer
-
-
-def _receipt(row: Feedback) -> dict[str, Any]:
-    return {"id": row.id, "linked": row.exchange_id is not None}
-
-
-def _resolve(entry: _Entry, answer: dict[str, Any] | NightschoolError) -> None:
-    if isinstance(answer, NightschoolError):
-        _fail(entry, answer)
+def _resolve(entry: _Entry, settled: Settled) -> None:
+    if isinstance(settled, NightschoolError):
+        _fail(entry, settled)
     elif not entry.done.done():
-        entry.done.set_result(answer)
+        entry.done.set_result(settled)
 
 
 def _fail(entry: _Entry, error: Exception) -> None:
@@ -245,7 +229,7 @@ def _fail(entry: _Entry, error: Exception) -> None:
         entry.done.exception()  # its sender may have hung up: seen, so that the loop does not complain
 
 
-def feedback_row(body: FeedbackBody, project: str, key_id: str) -> Feedback:
+def feedback_row(body: FeedbackBody, project: str, key_id: str, reporters: Reporters) -> Feedback:
     return Feedback(
         project=project,
         kind=body.kind,
@@ -257,9 +241,9 @@ def feedback_row(body: FeedbackBody, project: str, key_id: str) -> Feedback:
         reasons=body.reasons,
         severity=body.severity,
         comment=body.comment,
-        reporter=body.reporter,
+        reporter=reporters.pseudonym(project, body.reporter),
         tags=body.tags,
         messages=body.messages,
-        answer=body.answer,
+        answer=None if body.answer is None else answer_text(body.answer),
         key_id=key_id,
     )

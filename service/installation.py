@@ -28,10 +28,15 @@ from loop.worker import Worker
 from service import auth, migrations
 from service.app import AppState, assemble, create_app
 from service.health import Check
+from service.hints import Announcer
+from service.routes.hooks import hook_routes
 from service.routes.keys import key_routes
 from service.routes.nights import NightDesk, night_routes
 from service.routes.pages import page_routes
+from service.routes.queue import queue_routes
+from service.routes.transfer import transfer_routes
 from service.secret_files import write_secret
+from service.servers import HOOK_HOST
 from service.settings import Settings
 from service.stack import Stack
 
@@ -70,15 +75,29 @@ class Installation:
             live=self.runner.live,
             wake=self.worker.wake if self.worker else lambda: None,
         )
-        keys = key_routes(self.database, self.state.keys, tuple(self.projects))
-        return create_app(self.settings, self.state, extra_routes=[*night_routes(desk), *page_routes(desk), *keys])
+        announcer = Announcer(self.database)
+        hint = self.worker.hint_labels if self.worker else announcer.hint
+        common = (self.database, self.state.keys)
+        extra = [
+            *night_routes(desk),
+            *queue_routes(desk),
+            *page_routes(desk),
+            *key_routes(*common, tuple(self.projects)),
+            *transfer_routes(*common, self.state.reporters, self.projects),
+            *hook_routes(self.clients.label_studio, self.projects, hint, self.state.metrics),
+        ]
+        lifespan = [] if self.worker else [announcer.running]
+        return create_app(self.settings, self.state, extra_routes=extra, lifespan=lifespan)
 
 
 @asynccontextmanager
 async def compose(
-    settings: Settings, stack: Stack, aliases: AliasSwitch | None, work: bool
+    settings: Settings, stack: Stack, aliases: AliasSwitch | None, work: bool, hook_url: str = ""
 ) -> AsyncIterator[Installation]:
-    """Migrates the database and builds the parts. `aliases` None: the gateway of this process."""
+    """Migrates the database and builds the parts. `aliases` None: the gateway of this process.
+
+    `hook_url`: where Label Studio reaches us, unless the settings say.
+    """
     await asyncio.to_thread(migrations.upgrade, settings.database_url)
     async with AsyncExitStack() as closing:
         database = Database(settings.database_url)
@@ -90,7 +109,8 @@ async def compose(
             closing.push_async_callback(replica.close)
         projects = {project.name: project for project in settings.projects}
         runner = Runner(clients, projects, settings.vllm, settings.data_dir.resolve())
-        worker = Worker(runner, settings.mlflow) if work else None
+        hook_url = settings.label_studio.webhook_url or hook_url
+        worker = Worker(runner, settings.mlflow, hook_url) if work else None
         if work and database.is_sqlite:  # under the data folder's lock: one process at a time
             await lease.free_all(database)
         state = _with_checks(state, clients)
@@ -162,6 +182,22 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def listen_for_hooks(settings: Settings) -> socket.socket | None:
+    """A second door for the Label Studio that we manage, where it may reach us without reaching anything else of this
+    machine. None where there is no need or no such address: labels then come by polling.
+    """
+    if not settings.label_studio.managed or settings.label_studio.webhook_url:
+        return None
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.bind((HOOK_HOST, 0))
+    except OSError as error:
+        listener.close()
+        log.warning("no_webhook", address=HOOK_HOST, reason=error.strerror, consequence="labels come by polling alone")
+        return None
+    return listener
+
+
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -175,7 +211,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def http_server(installation: Installation, listener: socket.socket) -> AsyncIterator[None]:
+async def http_server(installation: Installation, *listeners: socket.socket) -> AsyncIterator[None]:
     """Serves until the block ends; requests in flight get `STOP_SECONDS` to end."""
     config = uvicorn.Config(
         installation.application(),  # type: ignore[arg-type]  # Litestar is an ASGI application
@@ -187,7 +223,7 @@ async def http_server(installation: Installation, listener: socket.socket) -> As
         server_header=False,
     )
     server = _Server(config)
-    task = asyncio.create_task(server._serve([listener]), name="http")
+    task = asyncio.create_task(server._serve(list(listeners)), name="http")
     try:
         while not server.started:
             if task.done():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+
+from labeling.redaction.tally import REPLACED
 
 SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -32,6 +35,9 @@ class Metrics:
         self.capture_dropped = self._counter("capture_dropped", "Exchanges not stored, by reason", "reason")
         self.feedback = self._counter("feedback", "Feedback acknowledged", "project", "kind")
         self.feedback_refused = self._counter("feedback_refused", "Feedback not acknowledged, by reason", "reason")
+        self.hooks = self._counter("label_hooks", "Label Studio's webhook calls: taken, or forged", "result")
+        self.exchanges_deleted = self._of_project("exchanges_deleted", "Old exchanges deleted so far")
+        self.exchanges_needed = self._of_project("exchanges_needed", "As old, but something needs them")
         self.commits = Histogram(
             "nightschool_feedback_commit_rows",
             "Feedback in one commit",
@@ -39,8 +45,13 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.registry.register(_Redacted())
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"nightschool_{name}", text, labels, registry=self.registry)
+
+    def _of_project(self, name: str, text: str) -> Gauge:
+        return Gauge(f"nightschool_{name}", text, ["project"], registry=self.registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A figure that is read when somebody asks."""
@@ -48,3 +59,15 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), "text/plain; version=1.0.0"  # Litestar adds the charset
+
+
+class _Redacted:
+    """Counted by the folding in this process, which knows no registry."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "nightschool_redacted", "Places replaced in feedback by redaction", labels=("project", "kind")
+        )
+        for (project, kind), places in sorted(REPLACED.items()):
+            family.add_metric((project, kind), places)
+        yield family

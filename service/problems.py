@@ -30,12 +30,18 @@ class BodyTooLarge(InvalidInput):
     default_hint = "Send less, or raise http.max_body_bytes."
 
 
+class UnknownEncoding(InvalidInput):
+    code = "unknown_encoding"
+    default_hint = "Send the body as it is, or with Content-Encoding: gzip."
+
+
 # The nearest class in an error's ancestry decides.
 STATUS: dict[type[NightschoolError], int] = {
     NightschoolError: 500,
     InvalidInput: 422,
     MalformedBody: 400,
     BodyTooLarge: 413,
+    UnknownEncoding: 415,
     NotFound: 404,
     Conflict: 409,
     Refused: 403,
@@ -63,13 +69,17 @@ def _answer(body: dict[str, Any], headers: dict[str, str] | None = None) -> Resp
     return Response(body, status_code=body["status"], media_type=MEDIA_TYPE, headers=headers or {})
 
 
-def _ours(request: Request[Any, Any, Any], error: NightschoolError) -> Response[Any]:
-    status = status_of(type(error))
-    if status >= 500:
-        log.warning("request_refused", path=request.url.path, code=error.code, error=str(error))
+def problem_of(error: NightschoolError) -> dict[str, Any]:
     mistakes = getattr(error, "mistakes", None)
     extra: dict[str, Any] = {"errors": mistakes} if mistakes else {}
-    return _answer(problem(status, error.code, str(error), hint=error.hint, **extra), headers_of(error))
+    return problem(status_of(type(error)), error.code, str(error), hint=error.hint, **extra)
+
+
+def _ours(request: Request[Any, Any, Any], error: NightschoolError) -> Response[Any]:
+    body = problem_of(error)
+    if body["status"] >= 500:
+        log.warning("request_refused", path=request.url.path, code=error.code, error=str(error))
+    return _answer(body, headers_of(error))
 
 
 def _framework(_: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import shutil
 import socket
@@ -20,6 +21,9 @@ from service.children import Child, ServerFailed
 from service.secret_files import kept_secret
 
 HOST = "127.0.0.1"
+# Where a managed Label Studio reaches our webhook: an address of this machine that nothing else listens on, the only
+# local one that its users can make it call (the other managed servers listen on HOST, which stays forbidden).
+HOOK_HOST = "127.83.78.1"
 # Alone on two cores the first starts, which make databases, take 36 s and 7 s; beside a training run ten times that.
 # One that ends is noticed at once; this is for one that hangs.
 START_SECONDS = 600.0
@@ -116,6 +120,8 @@ def label_studio(settings: LabelStudioSettings, login: LabelStudioLogin, port: i
         "LATEST_VERSION_CHECK": "false",
         "FEATURE_FLAGS_OFFLINE": "true",
         "SSRF_PROTECTION_ENABLED": "true",
+        "USE_DEFAULT_BANNED_SUBNETS": "false",
+        "USER_ADDITIONAL_BANNED_SUBNETS": ",".join(banned_subnets()),
         "SENTRY_DSN": "",
         "FRONTEND_SENTRY_DSN": "",
         "USE_NLTK": "0",
@@ -132,6 +138,22 @@ def label_studio(settings: LabelStudioSettings, login: LabelStudioLogin, port: i
         start_seconds=START_SECONDS,
         cure="Run `make setup` again if its environment is broken; its data lie in label-studio/ of the data_dir.",
     )
+
+
+# Label Studio's own defaults (core/utils/io.py), which can only be replaced as a whole, less the loopback network.
+_BANNED = """
+0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24
+192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 233.252.0.0/24 240.0.0.0/4 255.255.255.255/32
+::/128 ::1/128 ::ffff:0:0/96 ::ffff:0:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 2001:0000::/32 2001:20::/28
+2001:db8::/32 2002::/16 fc00::/7 fe80::/10 ff00::/8
+"""
+
+
+def banned_subnets() -> list[str]:
+    """What Label Studio must not call for its users: everything that is not public, but for our webhook."""
+    loopback = ipaddress.ip_network("127.0.0.0/8")
+    others = loopback.address_exclude(ipaddress.ip_network(f"{HOOK_HOST}/32"))  # type: ignore[arg-type]  # both IPv4
+    return [*_BANNED.split(), *map(str, others)]
 
 
 def mlflow(port: int, folder: Path) -> Server:

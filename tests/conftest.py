@@ -27,8 +27,8 @@ from labeling.database import Database
 from labeling.settings import LabelStudioSettings
 from loop.settings import EngineSettings
 from service import servers
+from service.bench import postgres
 from service.servers import LabelStudioLogin, Server
-from tests import postgres
 
 # Started in the background of a script, we ignore SIGINT, and so would every child whose end by Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +52,7 @@ class VllmServer:
 class LabelStudio:
     url: str
     token: str
+    database: Path  # its SQLite file, for backups and their restoration
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,12 @@ def vllm_server(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory, log
 
 @pytest.fixture(scope="session")
 def label_studio(tmp_path_factory: pytest.TempPathFactory, log_dir: Path) -> Iterator[LabelStudio]:
-    settings, folder = LabelStudioSettings(managed=True), tmp_path_factory.mktemp("label-studio")
+    """The installed one; another version by LABEL_STUDIO_COMMAND, the path of its executable."""
+    settings = LabelStudioSettings(managed=True, command=os.environ.get("LABEL_STUDIO_COMMAND", ""))
+    folder = tmp_path_factory.mktemp("label-studio")
     login = LabelStudioLogin.kept(settings, folder / "secrets")
     server = servers.label_studio(settings, login, _port(), folder)
-    yield from _served(server, log_dir, LabelStudio(server.url, login.token))
+    yield from _served(server, log_dir, LabelStudio(server.url, login.token, folder / "label_studio.sqlite3"))
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +150,7 @@ def postgres_url() -> Iterator[str]:
         if os.environ.get("CI"):
             pytest.fail(str(missing))
         pytest.skip(f"NOT TESTED ON POSTGRESQL: {missing}")
-    url = f"postgresql+asyncpg://tests@{servers.HOST}:{port}/postgres"
+    url = f"postgresql+asyncpg://{postgres.USER}@{servers.HOST}:{port}/postgres"
     try:
         asyncio.run(child.wait_ready(lambda: _accepts(url), START_SECONDS))
         yield url

@@ -58,11 +58,11 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
+async def serving(app: Any, host: str = "127.0.0.1") -> AsyncIterator[str]:
     """An ASGI application under uvicorn, on a free port of this machine."""
     # Kept alive longer than any client keeps an idle connection: else both may close and use it at the same time.
     config = uvicorn.Config(
-        app, port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=75
+        app, host=host, port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=75
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
@@ -70,7 +70,7 @@ async def serving(app: Any) -> AsyncIterator[str]:
         assert not task.done(), "the application did not start"
         await asyncio.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         await task

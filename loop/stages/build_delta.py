@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 
 from pydantic import ValidationError
 
 from labeling.database import insert_or_nothing
+from labeling.redaction.redactor import redactor
+from labeling.settings import RedactionSettings
+from labeling.tables import GoodAnswer
 from loop import training_examples as examples
 from loop.adapter_files import base_digest
 from loop.base_answers import base_answers
@@ -26,6 +31,7 @@ async def run(context: StageContext) -> Delta:
     async with clients.database.read() as session:
         chosen = await examples.choose_labels(session, project.name, project.replay.max_rows)
         good = await examples.good_answers(session, project.name, project.gate.good_answers)
+    chosen, good = await asyncio.to_thread(_redacted, chosen, good, project.labeling.redaction)
     synced = context.take(SyncedLabels).notes
     _enough(len(chosen.new), chosen, project.min_labels, synced)
     replica = clients.replicas[0]
@@ -60,6 +66,17 @@ async def run(context: StageContext) -> Delta:
         held_out_items=len(held_out),
         notes=(*synced, *cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
     )
+
+
+def _redacted(
+    chosen: examples.ChosenLabels, good: list[GoodAnswer], settings: RedactionSettings
+) -> tuple[examples.ChosenLabels, list[GoodAnswer]]:
+    """What is trained on, examined and archived; changes nothing that was redacted by the same settings before."""
+    by = redactor(settings)
+    new, replay, held_out = (
+        examples.redacted_labels(labels, by) for labels in (chosen.new, chosen.replay, chosen.held_out)
+    )
+    return replace(chosen, new=new, replay=replay, held_out=held_out), examples.redacted_good_answers(good, by)
 
 
 def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tuple[str, ...] = ()) -> None:

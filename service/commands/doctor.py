@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from labeling.database import Database
+from labeling.embeddings import embedder
 from labeling.errors import NightschoolError, Refused
 from labeling.label_studio import LabelStudioServer
 from loop.adapter_files import base_digest, read_base_config
@@ -72,7 +73,18 @@ async def examine(settings: Settings) -> list[Finding]:
     if settings.mlflow.url:
         found.append(await _try("mlflow", lambda: _mlflow(settings)))
     found.append(await _try("object_store", lambda: _objects(settings)))
+    for folder in dict.fromkeys(project.labeling.embedding_model_dir for project in settings.projects):
+        if folder is not None:
+            found.append(await _try("embedding_model", _embeds(folder)))
     return found
+
+
+def _embeds(folder: Path) -> Callable[[], Awaitable[str]]:
+    async def check() -> str:
+        model = await asyncio.to_thread(embedder, folder)
+        return f"{model.name}, {model.dimensions} dimensions"
+
+    return check
 
 
 def _missing(settings: Settings) -> list[Finding]:

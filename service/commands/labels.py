@@ -41,6 +41,19 @@ def _listed(
     with_api(path, body)
 
 
+def archived(path: Path, *, project: str | None) -> None:
+    """JSON lines that Label Studio imports; page by page, so that a long history fits."""
+
+    async def body(api: Api) -> None:
+        address, after = f"/v1/projects/{api.project(project)}/labels/archived", ""
+        while tasks := await api.call("GET", address, after=after):
+            for task in tasks:
+                print(json.dumps(task))
+            after = tasks[-1]["item_id"]
+
+    with_api(path, body)
+
+
 def confirm(path: Path, label_ids: list[str], *, project: str | None) -> None:
     async def body(api: Api) -> None:
         done = await api.call("POST", f"/v1/projects/{api.project(project)}/labels/confirm", {"label_ids": label_ids})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,6 +17,7 @@ import httpx
 from labeling.errors import InvalidInput, NightschoolError, Unavailable
 from service import installation
 from service.data_dir import DataDirInUse, DataDirLock, Holder
+from service.installation import Installation
 from service.settings import Settings, load
 from service.stack import Stack
 
@@ -26,9 +27,13 @@ COMMAND_SECONDS = 15.0  # how long another command is waited for
 
 
 class Answered(NightschoolError):
-    """The API's own problem, in its words."""
+    """The API's own problem, in its words. `again`: it may be gone in a moment."""
 
     code: ClassVar[str] = "answered"
+
+    def __init__(self, message: str, *, hint: str | None = None, again: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.again = again
 
 
 class NoProcess(Unavailable):
@@ -53,20 +58,47 @@ class Api:
     served: bool
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None, **params: Any) -> Any:
-        try:
+        with _reached(self.client):
             answer = await self.client.request(method, path, json=body, params=params)
-        except httpx.TransportError as error:
-            raise NoProcess(
-                f"{self.client.base_url} does not answer: {error}",
-                hint="`nightschool up` may still be starting, which takes a minute; otherwise look at its log.",
-            ) from error
-        if answer.is_error:
-            problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
-            raise Answered(problem.get("detail", answer.text[:300]), hint=problem.get("hint", ""))
-        return answer.json()
+        return _checked(answer).json()
+
+    async def send(self, path: str, lines: bytes, params: dict[str, Any]) -> Any:
+        """POSTs lines of JSON."""
+        with _reached(self.client):
+            headers = {"Content-Type": "application/x-ndjson"}
+            answer = await self.client.post(path, content=lines, params=params, headers=headers)
+        return _checked(answer).json()
+
+    @asynccontextmanager
+    async def stream(self, path: str, params: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """An answer of any length, whose body is still to be read."""
+        with _reached(self.client):
+            async with self.client.stream("GET", path, params=params) as answer:
+                if answer.is_error:
+                    await answer.aread()
+                yield _checked(answer)
 
     def project(self, name: str | None) -> str:
         return chosen_project(self.settings, name)
+
+
+@contextmanager
+def _reached(client: httpx.AsyncClient) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise NoProcess(
+            f"{client.base_url} does not answer: {error}",
+            hint="`nightschool up` may still be starting, which takes a minute; otherwise look at its log.",
+        ) from error
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.is_error:
+        problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+        again = answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        raise Answered(problem.get("detail", answer.text[:300]), hint=problem.get("hint", ""), again=again)
+    return answer
 
 
 def chosen_project(settings: Settings, name: str | None) -> str:
@@ -86,18 +118,18 @@ def in_path(given: str) -> str:
     return quote(given, safe="")
 
 
-def with_api(path: Path, body: Callable[[Api], Awaitable[T]]) -> T:
-    """Runs `body` with the installation's API; Ctrl-C ends it quietly."""
+def with_api(path: Path, body: Callable[[Api], Awaitable[T]], *, streams: bool = False) -> T:
+    """Runs `body` with the installation's API; Ctrl-C ends it quietly. `streams`: answers may be of any length."""
 
     async def run() -> T:
-        async with open_api(load(path)) as api:
+        async with open_api(load(path), streams=streams) as api:
             return await body(api)
 
     return asyncio.run(run())
 
 
 @asynccontextmanager
-async def open_api(settings: Settings) -> AsyncIterator[Api]:
+async def open_api(settings: Settings, *, streams: bool = False) -> AsyncIterator[Api]:
     data_dir = settings.data_dir.resolve()
     holder = await _server(data_dir)
     if holder is not None:
@@ -109,11 +141,30 @@ async def open_api(settings: Settings) -> AsyncIterator[Api]:
     with DataDirLock(data_dir, f"process {os.getpid()}"):
         async with installation.compose(settings, Stack.configured(settings), None, work=False) as composed:
             await installation.admin_key(composed)
-            transport = httpx.ASGITransport(composed.application())  # type: ignore[arg-type]  # an ASGI application
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://nightschool", headers=_key(data_dir), timeout=TIMEOUT_SECONDS
-            ) as client:
+            async with _client_of(composed, streams) as client:
+                client.headers.update(_key(data_dir))
                 yield Api(client, settings, served=bool(settings.database.url))
+
+
+@asynccontextmanager
+async def _client_of(composed: Installation, streams: bool) -> AsyncIterator[httpx.AsyncClient]:
+    """httpx keeps a whole answer in memory before it hands it on, unless it comes over a socket."""
+    if not streams:
+        transport = httpx.ASGITransport(composed.application())  # type: ignore[arg-type]  # an ASGI application
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://nightschool", timeout=TIMEOUT_SECONDS
+        ) as client:
+            yield client
+        return
+    anywhere = composed.settings.http.model_copy(update={"host": "127.0.0.1", "port": 0})
+    with installation.listen(composed.settings.model_copy(update={"http": anywhere})) as listener:
+        async with (
+            installation.http_server(composed, listener),
+            httpx.AsyncClient(
+                base_url=installation.address(listener), timeout=TIMEOUT_SECONDS, trust_env=False
+            ) as client,
+        ):
+            yield client
 
 
 async def _server(data_dir: Path) -> Holder | None:

@@ -16,6 +16,7 @@ from labeling.errors import InvalidInput
 from loop.aliases import NoGateway
 from service import installation, logging
 from service.data_dir import DataDirLock
+from service.hints import listen
 from service.installation import Installation
 from service.settings import Settings, load
 from service.signals import cancel_on_signal
@@ -84,9 +85,15 @@ async def _up(settings: Settings) -> None:
             settings, log_dir=data_dir / "logs", progress=lambda text: log.info("stack", step=text)
         )
         closing.push_async_callback(stack.stop)
-        composed = await closing.enter_async_context(installation.compose(settings, stack, None, work=True))
+        hooks = installation.listen_for_hooks(settings)
+        doors = [listener, closing.enter_context(hooks)] if hooks else [listener]
+        composed = await closing.enter_async_context(
+            installation.compose(
+                settings, stack, None, work=True, hook_url=installation.address(hooks) if hooks else ""
+            )
+        )
         key_file = await installation.admin_key(composed)
-        await closing.enter_async_context(installation.http_server(composed, listener))
+        await closing.enter_async_context(installation.http_server(composed, *doors))
         assert composed.worker is not None
         closing.push_async_callback(composed.worker.stop)
         await composed.worker.start()
@@ -111,10 +118,13 @@ async def _work(settings: Settings) -> None:
     async with installation.compose(settings, stack, NoGateway(), work=True) as composed:
         assert composed.worker is not None
         await composed.worker.start()
+        hints = asyncio.create_task(listen(composed.database, composed.worker.hint_labels), name="hear hints")
         log.info("working", projects=list(composed.projects))
         try:
             await asyncio.Event().wait()
         finally:
+            hints.cancel()
+            await asyncio.gather(hints, return_exceptions=True)
             await composed.worker.stop()
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-from litestar import Request, get, post
+from litestar import Request, Response, get, post
 from litestar.handlers import HTTPRouteHandler
-from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody, Schema
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, Parameter, RequestBody, Schema
 from litestar.params import FromPath
 from sqlmodel import col, select
 
 from labeling.database import Database
 from labeling.errors import InvalidInput, NotFound
-from labeling.feedback_body import FeedbackBody, InvalidFeedback, parse
+from labeling.feedback_body import FeedbackBody
 from labeling.tables import Feedback, ItemMember, ReviewItem
-from service.auth import Caller, KeyRing, Scope
-from service.ingest import IngestWriter, Once, feedback_row
-from service.problems import MalformedBody
+from service.auth import Caller, Scope
+from service.feedback_desk import FeedbackDesk
+from service.feedback_form import LINES, read_lines, read_one
 
-MAX_IDEMPOTENCY_KEY = 255
+TRUTHS = {"true": True, "1": True, "": True, "false": False, "0": False}
 
 
 class UnknownFeedback(NotFound):
@@ -28,9 +28,9 @@ class UnknownFeedback(NotFound):
     default_hint = "Ids come with the 202 of POST /v1/feedback."
 
 
-class BadIdempotencyKey(InvalidInput):
-    code = "bad_idempotency_key"
-    default_hint = f"Send 1 to {MAX_IDEMPOTENCY_KEY} visible ASCII characters, such as a UUID."
+class BadQuery(InvalidInput):
+    code = "bad_query"
+    default_hint = "Send ?dry_run=true, or leave it out."
 
 
 @dataclass
@@ -41,36 +41,50 @@ class _BodySchema(Schema):
         schema = FeedbackBody.model_json_schema()
         kinds = schema.pop("$defs")["FeedbackKind"]
         schema["properties"]["kind"] = kinds
-        return schema
+        return {"oneOf": [schema, {"type": "array", "items": schema}]}
 
 
 @dataclass
 class _FeedbackOperation(Operation):
     def __post_init__(self) -> None:
-        self.request_body = RequestBody(content={"application/json": OpenAPIMediaType(schema=_BodySchema())})
+        lines = OpenAPIMediaType(schema=Schema(description="One feedback a line"))
+        json = OpenAPIMediaType(schema=_BodySchema())
+        self.request_body = RequestBody(content={"application/json": json, "application/x-ndjson": lines})
+        self.parameters = [
+            Parameter(
+                "dry_run", "query", schema=Schema(type=OpenAPIType.BOOLEAN), description="Check it, store nothing"
+            ),
+            Parameter(
+                "Idempotency-Key",
+                "header",
+                schema=Schema(type=OpenAPIType.STRING),
+                description="To send it again safely",
+            ),
+        ]
 
 
-def feedback_routes(
-    database: Database, ingest: IngestWriter, keys: KeyRing, projects: tuple[str, ...]
-) -> list[HTTPRouteHandler]:
+def feedback_routes(database: Database, desk: FeedbackDesk) -> list[HTTPRouteHandler]:
     @post(
         "/v1/feedback",
         status_code=202,
         operation_class=_FeedbackOperation,
         tags=["feedback"],
-        summary="Say what an answer was like",
+        summary="Say what an answer, or many of them, were like",
     )
-    async def send_feedback(request: Request[Any, Any, Any]) -> dict[str, Any]:
-        caller = keys.authenticate(request.headers.get("authorization"))
-        caller.require(Scope.FEEDBACK)
-        raw = await request.body()
-        body = _parsed(raw)
-        row = feedback_row(body, _project(body, caller, projects), caller.key_id)
-        return await ingest.submit(row, _once(request, caller, raw))
+    async def send_feedback(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
+        in_lines = request.headers.get("content-type", "").partition(";")[0].strip().lower() in LINES
+        sent = await desk.received(request, "feedback lines" if in_lines else "feedback")
+        rehearsal = _dry_run(request.query_params.get("dry_run", "false"))
+        found = read_lines(sent.raw) if in_lines else read_one(sent.raw)
+        if isinstance(found, list):
+            answer = await (desk.rehearse_many if rehearsal else desk.take_many)(sent, found)
+        else:
+            answer = await (desk.rehearse if rehearsal else desk.take)(sent, found)
+        return Response(answer.body, status_code=answer.status)
 
     @get("/v1/feedback/{feedback_id:str}", tags=["feedback"], summary="What became of a feedback")
     async def show_feedback(request: Request[Any, Any, Any], feedback_id: FromPath[str]) -> dict[str, Any]:
-        caller = keys.authenticate(request.headers.get("authorization"))
+        caller = desk.keys.authenticate(request.headers.get("authorization"))
         if not caller.may(Scope.READ):
             caller.require(Scope.FEEDBACK)
         return await _status(database, feedback_id, caller)
@@ -78,36 +92,10 @@ def feedback_routes(
     return [send_feedback, show_feedback]
 
 
-def _parsed(raw: bytes) -> FeedbackBody:
-    try:
-        return parse(msgspec.json.decode(raw))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise MalformedBody(f"the body is not JSON in UTF-8: {error}") from None
-    except RecursionError:
-        raise MalformedBody("the body is nested too deeply") from None
-
-
-def _project(body: FeedbackBody, caller: Caller, projects: tuple[str, ...]) -> str:
-    """The key's; else the body's; else the only one there is."""
-    if body.project is not None:
-        if body.project not in projects:
-            raise InvalidFeedback([{"field": "project", "message": f"no project {body.project!r}"}])
-        caller.require(Scope.FEEDBACK, body.project)
-        return body.project
-    only = projects[0] if len(projects) == 1 else None
-    if (project := caller.project or only) is None:
-        message = f"this API key belongs to no project: name one of {', '.join(projects)}"
-        raise InvalidFeedback([{"field": "project", "message": message}])
-    return project
-
-
-def _once(request: Request[Any, Any, Any], caller: Caller, body: bytes) -> Once | None:
-    name = request.headers.get("idempotency-key")
-    if name is None:
-        return None
-    if not 0 < len(name) <= MAX_IDEMPOTENCY_KEY or not (name.isascii() and name.isprintable()):
-        raise BadIdempotencyKey(f"the Idempotency-Key has {len(name)} characters, or some that are not visible ASCII")
-    return Once.of(caller.key_id, name, body)
+def _dry_run(value: str) -> bool:
+    if value.lower() not in TRUTHS:
+        raise BadQuery(f"dry_run is neither true nor false: {value[:40]!r}")
+    return TRUTHS[value.lower()]
 
 
 async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[str, Any]:
@@ -115,7 +103,7 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
         select(Feedback, ReviewItem)
         .join(ItemMember, col(ItemMember.feedback_id) == col(Feedback.id), isouter=True)
         .join(ReviewItem, col(ReviewItem.id) == col(ItemMember.item_id), isouter=True)
-        .where(col(Feedback.id) == feedback_id)
+        .where(col(Feedback.id) == _our_id(feedback_id))
     )
     async with database.read() as session:
         found = (await session.execute(statement)).one_or_none()
@@ -131,3 +119,11 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
         "folded_at": feedback.folded_at,
         "item": {"id": item.id, "round": item.round, "state": item.state, "count": item.count} if item else None,
     }
+
+
+def _our_id(feedback_id: str) -> str:
+    """POST /feedback names its feedback by a UUID."""
+    try:
+        return f"fb_{uuid.UUID(feedback_id).hex}"
+    except ValueError:
+        return feedback_id

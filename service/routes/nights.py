@@ -13,6 +13,7 @@ from litestar import Request, get, post
 from litestar.handlers import HTTPRouteHandler
 from pydantic import Field
 
+from labeling.archive import archived_tasks
 from labeling.database import now
 from labeling.errors import Conflict
 from labeling.settings import Strict
@@ -197,4 +198,12 @@ def _labels(desk: NightDesk) -> list[HTTPRouteHandler]:
         desk.caller(request, Scope.READ, project)
         return await night_view.refused_labels(desk.clients.database, desk.project(project).name)
 
-    return [show_held, confirm_labels, show_refused]
+    @get("/v1/projects/{project:str}/labels/archived", tags=["labels"], summary="Tasks that left Label Studio, settled")
+    async def show_archived(
+        request: Request[Any, Any, Any], project: str, after: str = "", limit: int = 200
+    ) -> list[dict[str, Any]]:
+        desk.caller(request, Scope.READ, project)
+        name = desk.project(project).name
+        return await archived_tasks(desk.clients.database, name, after, max(1, min(limit, 1000)))
+
+    return [show_held, confirm_labels, show_refused, show_archived]

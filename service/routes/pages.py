@@ -16,6 +16,7 @@ from litestar.handlers import HTTPRouteHandler
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from labeling.queue_report import queue_report
 from loop import night_view
 from service.auth import Caller, Scope, Unauthenticated
 from service.routes.nights import NightDesk
@@ -35,7 +36,11 @@ def page_routes(desk: NightDesk) -> list[HTTPRouteHandler]:
         if caller is None:
             return _log_in()
         names = [name for name in desk.projects if caller.sees(name)]
-        projects = [await night_view.project_view(desk.clients.database, name) for name in names]
+        database = desk.clients.database
+        projects = [
+            {**await night_view.project_view(database, name), "queue": await queue_report(database, name)}
+            for name in names
+        ]
         return _page("overview.html", projects=projects)
 
     @get("/pages/nights/{night_id:str}", media_type=MediaType.HTML, include_in_schema=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import socket
 from collections.abc import AsyncIterator
@@ -14,7 +15,9 @@ import pytest
 
 from labeling.label_studio import ITEM_KEY, LabelStudioServer, NewTask, OfferedTask, SeenTask
 from labeling.label_studio_http import LabelStudioNotFound, LabelStudioRefused, LabelStudioUnavailable
+from labeling.label_studio_webhook import HEADER, PATH, is_genuine, keep_webhook
 from labeling.labeling_screen import SCREEN, Opinion, as_result, read_result
+from service.servers import HOOK_HOST
 from tests.fakes.label_studio import LabelStudioProxy, label_studio_proxy
 from tests.running import serving
 
@@ -176,6 +179,30 @@ async def test_a_project_is_made_once(server: LabelStudioServer) -> None:
         await server.delete_project(project)
 
 
+async def test_a_creation_that_was_given_up_and_came_late_leaves_no_second_project(
+    proxied: tuple[LabelStudioServer, LabelStudioProxy],
+) -> None:
+    """Two projects of one title confuse people; the one that has tasks is never touched."""
+    server, proxy = proxied
+    name = unique("late")
+    late = asyncio.Event()
+    proxy.fail("POST", "/api/projects", before=late.wait)
+    with pytest.raises(LabelStudioUnavailable):
+        await server.ensure_project("late", name, SCREEN, 1)
+    made = await server.ensure_project("late", name, SCREEN, 1)
+    late.set()
+    while len(await server._marked_projects(name)) < 2:
+        await asyncio.sleep(0.05)
+    spare = max(int(project["id"]) for project in await server._marked_projects(name))
+    await server.import_tasks(spare, [task("it_a")])
+    assert await server.ensure_project("late", name, SCREEN, 1) == made
+    assert len(await server._marked_projects(name)) == 2
+    await server.delete_tasks(spare, [found.id for found in await everything(server.all_tasks(spare))])
+    assert await server.ensure_project("late", name, SCREEN, 1) == made
+    assert [project["id"] for project in await server._marked_projects(name)] == [made]
+    await server.delete_project(made)
+
+
 async def test_titles_of_any_length_are_taken(server: LabelStudioServer) -> None:
     """Label Studio wants 3 to 50 characters; our project names are not bound to that."""
     for title in ("x", "long " * 30):
@@ -195,6 +222,30 @@ async def test_a_task_with_another_score_moves_in_the_queue(server: LabelStudioS
     await server.rescore(found["it_b"][0].id, 0.1)
     assert (await next_task(server, project)).item_id == "it_b"
     assert (await server.find_tasks(project, ["it_b"]))["it_b"][0].score == pytest.approx(0.1)
+
+
+async def test_a_task_that_lost_its_score_gets_one_again(server: LabelStudioServer, project: int) -> None:
+    """Somebody chose "delete predictions" in Label Studio."""
+    await server.import_tasks(project, [task("it_a", 0.2)])
+    found = (await server.find_tasks(project, ["it_a"]))["it_a"][0]
+    body = {"selectedItems": {"all": True}}
+    await server.request("POST", f"/api/dm/actions?id=delete_tasks_predictions&project={project}", "x", json=body)
+    assert (await server.find_tasks(project, ["it_a"]))["it_a"][0].score is None
+    await server.rescore(found.id, 0.3)
+    assert (await server.find_tasks(project, ["it_a"]))["it_a"][0].score == pytest.approx(0.3)
+
+
+async def test_two_people_at_once_get_the_two_best(server: LabelStudioServer, project: int, url: str) -> None:
+    """What one has before them is not offered to the other; a task that moved up comes first for whoever is next."""
+    await server.import_tasks(project, [task(f"it_{score}", score) for score in (0.9, 0.1, 0.5, 0.3)])
+    email = f"{unique('second')}@example.org"
+    second = LabelStudioServer(url, await server.add_labeller(email, secrets.token_urlsafe(12)))
+    first_offer, second_offer = await next_task(server, project), await next_task(second, project)
+    assert [first_offer.item_id, second_offer.item_id] == ["it_0.1", "it_0.3"]
+    await server.rescore((await server.find_tasks(project, ["it_0.9"]))["it_0.9"][0].id, 0.2)
+    await second.annotate(second_offer.id, WRONG)
+    assert (await next_task(second, project)).item_id == "it_0.9"
+    await second.close()
 
 
 async def offered(server: LabelStudioServer, project: int) -> list[str | None]:
@@ -249,6 +300,7 @@ async def test_changes_are_seen_whatever_their_kind(server: LabelStudioServer, p
     seen = await since_last(server, project)
     (annotation,) = seen["it_a"].annotations
     assert annotation.id == first
+    assert annotation.created_at is not None
     assert read_result(annotation.result) == Opinion("wrong", "The right answer.", ("right", "a|b"))
     assert (annotation.cancelled, annotation.lead_seconds, "@" in annotation.annotator) == (False, 4.5, True)
 
@@ -256,12 +308,129 @@ async def test_changes_are_seen_whatever_their_kind(server: LabelStudioServer, p
     await server.edit_annotation(first, as_result(Opinion("good", None)))
     later = await changed_after(server, project, seen["it_a"].updated_at)
     assert read_result(later["it_a"].annotations[0].result).verdict == "good"
+    assert later["it_a"].annotations[0].created_at == annotation.created_at
     assert later["it_b"].annotations[0].cancelled
     assert "it_c" not in later
 
     newest = max(found.updated_at for found in later.values())
     await server.delete_annotation(first)
     assert (await changed_after(server, project, newest))["it_a"].annotations == ()
+
+
+async def test_a_draft_is_no_annotation(server: LabelStudioServer, project: int) -> None:
+    """What somebody has typed and not submitted."""
+    await server.import_tasks(project, [task("it_a")])
+    offer = await next_task(server, project)
+    body = {"result": WRONG, "lead_time": 1}
+    await server.request("POST", f"/api/tasks/{offer.id}/drafts", "leaving a draft", json=body)
+    (seen,) = await everything(server.changed_tasks(project, None))
+    assert seen.annotations == ()
+
+
+async def test_a_change_dates_the_task_after_the_annotation(server: LabelStudioServer, project: int) -> None:
+    """By that we tell a deleted annotation from a server that was restored from an older backup."""
+    await server.import_tasks(project, [task("it_a")])
+    offer = await next_task(server, project)
+    annotation = await server.annotate(offer.id, WRONG)
+    await server.edit_annotation(annotation, as_result(Opinion("good", None)))
+    (seen,) = await everything(server.changed_tasks(project, None))
+    assert seen.updated_at >= seen.annotations[0].updated_at
+    body = {"selectedItems": {"all": True}}
+    await server.request("POST", f"/api/dm/actions?id=delete_tasks_annotations&project={project}", "x", json=body)
+    (after,) = await everything(server.changed_tasks(project, None))
+    assert after.annotations == ()
+    assert after.updated_at >= seen.annotations[0].updated_at
+
+
+async def test_a_whole_task_can_be_imported_again(server: LabelStudioServer, project: int) -> None:
+    """The archive is good for something: data, annotations and who made them."""
+    await server.import_tasks(project, [task("it_a", conversation="USER\nWhy?")])
+    offer = await next_task(server, project)
+    await server.annotate(offer.id, WRONG)
+    (whole,) = await server.whole_tasks(project, [offer.id])
+    await server.delete_tasks(project, [offer.id])
+    assert await server.whole_tasks(project, [offer.id]) == []
+    await server.request("POST", f"/api/projects/{project}/import", "importing again", json=[whole])
+    (seen,) = await everything(server.changed_tasks(project, None))
+    assert read_result(seen.annotations[0].result) == Opinion("wrong", "The right answer.", ("right", "a|b"))
+    assert seen.annotations[0].annotator == (await server.check()).user
+
+
+async def test_the_webhook_is_registered_once_and_tells_of_every_annotation(
+    server: LabelStudioServer, project: int
+) -> None:
+    """With its secret, and without what was annotated."""
+    calls: list[tuple[str, str, Any]] = []
+    async with serving(hearing(calls), HOOK_HOST) as ours:
+        for _ in range(2):
+            assert await keep_webhook(server, project, "a b/c", ours)
+        await server.import_tasks(project, [task("it_a")])
+        offer = await next_task(server, project)
+        annotation = await server.annotate(offer.id, WRONG)
+        await server.edit_annotation(annotation, as_result(Opinion("good", None)))
+        await server.delete_annotation(annotation)
+        async with asyncio.timeout(10):
+            while len(calls) < 3:
+                await asyncio.sleep(0.05)
+        actions = [body["action"] for _, _, body in calls]
+        assert actions == ["ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_DELETED"]
+        assert {path for path, _, _ in calls} == {f"{PATH}/a%20b%2Fc"}
+        assert all(is_genuine(server, "a b/c", secret) for _, secret, _ in calls)
+        assert not any(is_genuine(server, "another", secret) for _, secret, _ in calls)
+        assert all(set(body) == {"action"} for _, _, body in calls)
+
+
+async def test_the_webhook_moves_and_goes_with_us(server: LabelStudioServer, project: int) -> None:
+    """Another address after a restart, a person who switched it off, and an installation without one."""
+    hooks = {"params": {"project": project}}
+    await keep_webhook(server, project, "p", f"http://{HOOK_HOST}:7000")
+    (first,) = await server.request("GET", "/api/webhooks/", "x", **hooks)
+    await server.request("PATCH", f"/api/webhooks/{first['id']}/", "x", json={"is_active": False, "url": first["url"]})
+    await keep_webhook(server, project, "p", f"http://{HOOK_HOST}:7001/")
+    (second,) = await server.request("GET", "/api/webhooks/", "x", **hooks)
+    assert (second["id"], second["url"], second["is_active"]) == (
+        first["id"],
+        f"http://{HOOK_HOST}:7001{PATH}/p",
+        True,
+    )
+    body = {"project": project, "url": "http://8.8.8.8/theirs"}
+    await server.request("POST", "/api/webhooks/", "somebody else's", json=body)
+    assert not await keep_webhook(server, project, "p", "")
+    (left,) = await server.request("GET", "/api/webhooks/", "x", **hooks)
+    assert left["url"] == "http://8.8.8.8/theirs"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:7000", "http://10.0.0.1", "http://[::1]:7000", "http://nodot"])
+async def test_a_webhook_that_label_studio_refuses_is_no_error(
+    server: LabelStudioServer, project: int, address: str
+) -> None:
+    """Polling goes on. A managed Label Studio can call nothing of this machine but our hooks."""
+    version = (await server.check()).version
+    if tuple(map(int, version.split(".")[:2])) < (1, 23):
+        pytest.skip(f"Label Studio {version} takes any address")
+    assert not await keep_webhook(server, project, "p", address)
+    assert await server.request("GET", "/api/webhooks/", "x", params={"project": project}) == []
+
+
+def hearing(calls: list[tuple[str, str, Any]]) -> Any:
+    async def hear(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] != "lifespan.shutdown":
+                await send({"type": f"{message['type']}.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message.get("more_body"):
+                break
+        secret = dict(scope["headers"]).get(HEADER.lower().encode(), b"").decode()
+        calls.append((scope["raw_path"].decode(), secret, json.loads(body)))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return hear
 
 
 async def since_last(server: LabelStudioServer, project: int) -> dict[str | None, SeenTask]:

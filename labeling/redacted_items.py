@@ -1,0 +1,49 @@
+"""Review items against today's redaction settings: before their tasks go out, and when a labeller's text comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from sqlalchemy import update
+from sqlmodel import col
+
+from labeling.database import Database
+from labeling.labeling_screen import Opinion
+from labeling.redaction.redactor import redactor
+from labeling.settings import RedactionSettings
+from labeling.tables import ItemState, ReviewItem
+
+
+async def bring_up_to_date(database: Database, items: Sequence[ReviewItem], settings: RedactionSettings) -> None:
+    """Items folded before redaction was on, or before a pattern was added, are redacted now, here and in the database.
+
+    What the present settings have replaced already they leave as it is.
+    """
+    changed = await asyncio.to_thread(lambda: [item for item in items if _redact(item, settings)])
+    for item in changed:
+        texts = {name: getattr(item, name) for name in ("messages", "answer", "prefilled", "reasons", "redacted")}
+        async with database.write() as session:
+            open_still = (col(ReviewItem.id) == item.id) & (col(ReviewItem.state) == ItemState.OPEN)
+            await session.execute(update(ReviewItem).where(open_still).values(**texts))
+
+
+def _redact(item: ReviewItem, settings: RedactionSettings) -> bool:
+    """Whether anything was left to replace."""
+    redacted = redactor(settings).open().exchange(item.messages, item.answer, [item.prefilled or "", *item.reasons])
+    if not redacted.counts:
+        return False
+    prefilled, *reasons = redacted.others
+    item.messages, item.answer, item.prefilled = redacted.messages, redacted.answer, prefilled or None
+    item.reasons = list(reasons)
+    item.redacted = {
+        kind: item.redacted.get(kind, 0) + redacted.counts.get(kind, 0) for kind in {*item.redacted, *redacted.counts}
+    }
+    return True
+
+
+def redacted_opinion(opinion: Opinion, item: ReviewItem, settings: RedactionSettings) -> Opinion:
+    """What a labeller wrote; the placeholders that the item showed keep their meaning, new values get new ones."""
+    redaction = redactor(settings).open(item.messages, item.answer, item.prefilled)
+    redacted = redaction.exchange([], opinion.correction or "", opinion.must_contain)
+    return Opinion(opinion.verdict, redacted.answer or None, tuple(redacted.others))

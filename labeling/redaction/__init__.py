@@ -1,0 +1,1 @@
+"""Personal data and secrets out of a text, before a person or a model is shown it."""

@@ -1,0 +1,124 @@
+"""Old exchanges go, those that something needs stay, and /metrics counts both."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from labeling import retention
+from labeling.database import Database, now
+from labeling.feedback import fold
+from labeling.label_studio import LabelStudioServer
+from labeling.retention import forget_old_exchanges
+from labeling.settings import LabelingSettings
+from labeling.tables import Exchange, ExchangeRetention, Feedback, FeedbackKind
+from loop.aliases import NoGateway
+from loop.clients import Clients
+from loop.executors import LocalExecutor
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
+from loop.runner import Runner
+from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
+from loop.worker import Worker
+from service import app
+from tests.running import PROJECT, count, eventually, rows, service, settings_for
+from tests.unit.test_feedback import exchange, feedback, store
+
+OLD = timedelta(days=40)
+NOWHERE = "http://127.0.0.1:9"
+
+
+async def test_only_what_is_old_and_needed_by_nothing_goes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feedback of any kind, members and good answers keep theirs, in whichever batch it comes; a session's too."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    at = now() - OLD
+    plain = [exchange(f"plain {number}", created_at=at + timedelta(minutes=number)) for number in range(5)]
+    flagged, liked = exchange("flagged", created_at=at), exchange("liked", created_at=at)
+    asked = exchange("asked", session_id="s", created_at=at)
+    fresh, foreign = exchange("fresh", created_at=now() - timedelta(days=29)), exchange(project="other", created_at=at)
+    await store(database, *plain, flagged, liked, asked, fresh, foreign)
+    await store(database, feedback(flagged), feedback(liked, kind=FeedbackKind.RATING, value=1))
+    await fold(database, PROJECT, LabelingSettings())
+    await store(database, feedback(session_id="s"))
+    assert await forget_old_exchanges(database, PROJECT, 30) == len(plain)
+    left = {row.id for row in await rows(database, Exchange)}
+    assert left == {row.id for row in (flagged, liked, asked, fresh, foreign)}
+    assert all(row.exchange_id for row in await rows(database, Feedback))
+    assert await forget_old_exchanges(database, PROJECT, 30) == 0
+    (counts,) = await rows(database, ExchangeRetention)
+    assert (counts.deleted, counts.needed) == (len(plain), 3)
+
+
+async def test_nothing_goes_unless_days_are_set(database: Database) -> None:
+    await store(database, exchange(created_at=now() - timedelta(days=5000)))
+    assert LabelingSettings().keep_exchanges_days == 0
+    assert await forget_old_exchanges(database, PROJECT, 0) == 0
+    assert await count(database, Exchange) == 1
+
+
+async def test_the_writer_is_free_between_batches(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion of many rows is many transactions, so that feedback is committed meanwhile."""
+    monkeypatch.setattr(retention, "BATCH", 10)
+    await store(database, *(exchange(str(number), created_at=now() - OLD) for number in range(95)))
+    transactions = 0
+    write = database.write
+
+    def counted() -> object:
+        nonlocal transactions
+        transactions += 1
+        return write()
+
+    monkeypatch.setattr(database, "write", counted)
+    assert await forget_old_exchanges(database, PROJECT, 30) == 95
+    assert transactions >= 10
+
+
+async def test_the_worker_looks(database: Database, tmp_path: Path) -> None:
+    """At its start and every hour, for each project by its own days; with every outside system down."""
+    await store(database, exchange(created_at=now() - OLD), exchange(project="other", created_at=now() - OLD))
+    known: dict[str, Any] = {"base_dir": "/models/base", "base_name": "base", "schedule": {"enabled": False}}
+    days = {PROJECT: 30, "other": 0}
+    projects = {
+        name: ProjectSettings.model_validate({**known, "name": name, "labeling": {"keep_exchanges_days": keep}})
+        for name, keep in days.items()
+    }
+    clients = Clients(
+        database=database,
+        label_studio=LabelStudioServer(NOWHERE, "unused"),
+        registry=Registry(MlflowSettings(url=NOWHERE)),
+        objects=open_store(ObjectStoreSettings(), tmp_path),
+        executor=LocalExecutor(),
+        replicas=(),
+        aliases=NoGateway(),
+    )
+    worker = Worker(Runner(clients, projects, EngineSettings(), tmp_path), MlflowSettings(url=NOWHERE))
+    await worker.start()
+    try:
+
+        async def gone() -> bool:
+            return {row.project for row in await rows(database, Exchange)} == {"other"}
+
+        await eventually(gone, seconds=20)
+    finally:
+        await worker.stop()
+        await clients.label_studio.close()
+
+
+async def test_metrics_tell_what_was_deleted(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what another process deleted."""
+    monkeypatch.setattr(app, "RETENTION_SECONDS", 0.05)
+    await store(database, exchange(created_at=now() - OLD), kept := exchange(created_at=now() - OLD), feedback(kept))
+    async with service(database, settings_for(["http://127.0.0.1:9"])) as running:
+        await forget_old_exchanges(database, PROJECT, 30)
+        async with httpx.AsyncClient(base_url=running.url, trust_env=False) as client:
+
+            async def shown(line: str) -> bool:
+                return line in (await client.get("/metrics")).text
+
+            await eventually(partial(shown, f'nightschool_exchanges_deleted{{project="{PROJECT}"}} 1.0'))
+            await eventually(partial(shown, f'nightschool_exchanges_needed{{project="{PROJECT}"}} 1.0'))
