@@ -40,7 +40,7 @@ async def archive(
             kept = [task for task in tasks if await _keep(session, target, task)]
         await server.delete_tasks(target.server_project, [task["id"] for task in kept])
         archived += len(kept)
-    return archived
+    return archived + await _drop_gold(database, server, target, seen, settings)
 
 
 async def archived_tasks(database: Database, project: str, after: str = "", limit: int = 200) -> list[dict[str, Any]]:
@@ -72,6 +72,31 @@ async def _due(
     there: list[tuple[str, datetime]] = [(item_id, at) for item_id, at in rows.all() if item_id in seen]
     limit = now() - timedelta(days=settings.archive_after_days)
     return [item_id for rank, (item_id, at) in enumerate(there) if at < limit or rank >= settings.archive_above]
+
+
+async def _drop_gold(
+    database: Database,
+    server: LabelStudioServer,
+    target: LabellingProject,
+    seen: Mapping[str, SeenTask],
+    settings: LabelingSettings,
+) -> int:
+    """Gold questions answered for long. The answers, which count on, are ours; as tasks nobody needs them."""
+    limit = now() - timedelta(days=settings.archive_after_days)
+    async with database.read() as session:
+        rows = await session.execute(
+            select(ReviewItem.id).where(
+                col(ReviewItem.project) == target.project,
+                col(ReviewItem.gold_id).is_not(None),
+                col(ReviewItem.state) == ItemState.LABELLED,
+                col(ReviewItem.pushed_at) < limit,
+            )
+        )
+        due = [item_id for item_id in rows.scalars() if item_id in seen]
+    await server.delete_tasks(target.server_project, [seen[item_id].id for item_id in due])
+    async with database.write() as session:
+        await session.execute(update(ReviewItem).where(col(ReviewItem.id).in_(due)).values(task_id=None))
+    return len(due)
 
 
 async def _keep(session: AsyncSession, target: LabellingProject, task: dict[str, Any]) -> bool:

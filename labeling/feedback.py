@@ -164,6 +164,11 @@ class _Case:
     def served(self) -> str | None:
         return self.exchange.served if self.exchange else None
 
+    @property
+    def other_answer(self) -> str | None:
+        """A preference is shown as the two answers that it is about."""
+        return self.prefilled if self.feedback.kind is FeedbackKind.PREFERENCE else None
+
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:
     """Ids, the oldest first; before all others those that a cap held back until now."""
@@ -352,5 +357,6 @@ def _add(item: ReviewItem, case: _Case) -> None:
             item.uncertainty, item.uncertainty_tries = None, 0
         item.answer, item.served, item.redacted = case.answer, case.served, case.redacted
         item.prefilled = case.prefilled or item.prefilled
+        item.other_answer = case.other_answer
     else:  # said of another wording: the answer shown belongs to the prompt shown
         item.prefilled = item.prefilled or case.prefilled

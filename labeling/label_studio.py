@@ -43,7 +43,7 @@ TITLE_LIMIT = 50
 IDS_PER_QUERY = 50  # they travel in the URL: about 2 kB
 TASKS_PER_PAGE = 200
 # Field names apply to the tasks and to the annotations in them; `data` stays out, it can be large.
-_LIGHT = "id,meta,updated_at,predictions_score,annotations"
+_LIGHT = "id,meta,updated_at,predictions_score,overlap,annotations"
 _FULL = f"{_LIGHT},result,completed_by,was_cancelled,lead_time,created_at"
 _WHOLE = f"{_FULL},data"
 
@@ -60,7 +60,7 @@ class NewTask:
     """`score` decides the order: the lowest is offered first."""
 
     item_id: str
-    data: dict[str, str]
+    data: dict[str, Any]
     score: float
 
     @property
@@ -93,6 +93,7 @@ class SeenTask:
     updated_at: datetime
     score: float | None
     annotations: tuple[SeenAnnotation, ...]
+    overlap: int = 1  # to how many people it is offered
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,20 @@ class LabelStudioServer:
                 return found
             params["page"] += 1
 
+    async def screen(self, project_id: int) -> str:
+        """Its label config, as it stands there."""
+        row = await self._get(f"/api/projects/{project_id}", {}, f"reading Label Studio project {project_id}")
+        return str(row["label_config"])
+
+    async def set_screen(self, project_id: int, label_config: str) -> None:
+        """Refused where annotations exist that it could not show; ours never takes a control away."""
+        with _translated(f"giving Label Studio project {project_id} its labelling screen"):
+            await self._sdk.projects.update(id=project_id, label_config=label_config)
+
+    async def find_project(self, our_project: str) -> int | None:
+        """The id of the project that carries our marker."""
+        return min((int(row["id"]) for row in await self._marked_projects(our_project)), default=None)
+
     async def delete_project(self, project_id: int) -> None:
         with _translated(f"deleting Label Studio project {project_id}"):
             await self._sdk.projects.delete(id=project_id)
@@ -216,8 +231,8 @@ class LabelStudioServer:
         """Not idempotent, and a timeout may have committed: `find_tasks` before and after."""
         rows: list[dict[str, Any]] = [
             {
-                "data": {**task.data, ITEM_KEY: task.item_id},
-                "meta": {ITEM_KEY: task.item_id, "shown": task.shown},
+                "data": _data(task),
+                "meta": _meta(task),
                 "predictions": [{"score": task.score, "model_version": SCORED_BY, "result": []}],
             }
             for task in tasks
@@ -270,6 +285,17 @@ class LabelStudioServer:
             if not predictions:
                 await self._sdk.predictions.create(task=task_id, result=[], score=score, model_version=SCORED_BY)
 
+    async def show(self, task_id: int, task: NewTask) -> None:
+        """Other data on a task that is there already."""
+        body = {"data": _data(task), "meta": _meta(task)}
+        await self._patch(f"/api/tasks/{task_id}", body, f"renewing the data of task {task_id}")
+
+    async def offer_to(self, task: SeenTask, people: int) -> None:
+        """To so many different people in all; `task` read in full. The server counts only when somebody submits."""
+        spoken = {annotation.annotator for annotation in task.annotations if not annotation.cancelled}
+        body = {"overlap": people, "is_labeled": len(spoken) >= people}
+        await self._patch(f"/api/tasks/{task.id}", body, f"offering task {task.id} to {people} people")
+
     async def _tasks(self, project_id: int, conditions: list[dict[str, Any]], include: str) -> AsyncIterator[SeenTask]:
         """Pages by id, not by number: tasks deleted meanwhile can't shift others past us.
 
@@ -318,6 +344,7 @@ class LabelStudioServer:
             updated_at=_time(row["updated_at"]),
             score=row.get("predictions_score"),
             annotations=tuple([await self._seen_annotation(annotation) for annotation in row["annotations"]]),
+            overlap=row.get("overlap") or 1,
         )
 
     async def _seen_annotation(self, row: dict[str, Any]) -> SeenAnnotation:
@@ -397,6 +424,9 @@ class LabelStudioServer:
     async def _get(self, path: str, params: dict[str, Any], doing: str) -> Any:
         return await self.request("GET", path, doing, params=params)
 
+    async def _patch(self, path: str, body: dict[str, Any], doing: str) -> Any:
+        return await self.request("PATCH", path, doing, json=body)
+
     async def _post(self, path: str, body: dict[str, Any], doing: str) -> Any:
         return await self.request("POST", path, doing, json=body)
 
@@ -416,6 +446,14 @@ def _translated(doing: str) -> Iterator[None]:
         raise LabelStudioRefused(f"{doing}: an answer of another form") from error
     except ApiError as error:
         raise error_of(doing, error.status_code or 0, error.body) from error
+
+
+def _data(task: NewTask) -> dict[str, Any]:
+    return {**task.data, ITEM_KEY: task.item_id}
+
+
+def _meta(task: NewTask) -> dict[str, Any]:
+    return {ITEM_KEY: task.item_id, "shown": task.shown}
 
 
 def _marks(description: str | None, our_project: str) -> bool:

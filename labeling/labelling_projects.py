@@ -9,6 +9,7 @@ from sqlmodel import col
 from labeling.database import Database, insert_or_nothing
 from labeling.label_studio import LabelStudioServer
 from labeling.labeling_screen import SCREEN
+from labeling.screen_upkeep import is_settled, keep_screen
 from labeling.settings import LabelingSettings
 from labeling.tables import ItemState, LabellingProject, ReviewItem
 
@@ -25,10 +26,12 @@ async def labelling_project(
         server_project = await server.ensure_project(project, project, SCREEN, settings.annotations_per_item)
     async with database.read() as session:
         known = await session.get(LabellingProject, project)
-    if known is not None and known.server_project == server_project:
-        return known
-    async with database.write() as session:
-        return await _follow(session, project, server_project)
+    if known is None or known.server_project != server_project:
+        async with database.write() as session:
+            known = await _follow(session, project, server_project)
+    if not is_settled(known):
+        await keep_screen(database, server, known)
+    return known
 
 
 async def _follow(session: AsyncSession, project: str, server_project: int) -> LabellingProject:
@@ -36,7 +39,7 @@ async def _follow(session: AsyncSession, project: str, server_project: int) -> L
     await session.execute(insert_or_nothing(session, LabellingProject(project=project, server_project=server_project)))
     row = await session.get(LabellingProject, project, with_for_update=True)
     assert row is not None
-    row.server_project, row.watermark, row.swept_at = server_project, None, None
+    row.server_project, row.watermark, row.swept_at, row.screen = server_project, None, None, None
     await session.execute(
         update(ReviewItem)
         .where(col(ReviewItem.project) == project, col(ReviewItem.state) == ItemState.PUSHED)

@@ -16,16 +16,21 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.agreement import settle
 from labeling.archive import archive
+from labeling.crew import Crew, read_crew
 from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenAnnotation, SeenTask
 from labeling.label_studio_http import LabelStudioNotFound
 from labeling.labeling_screen import read_result
 from labeling.labelling_projects import labelling_project
 from labeling.lost_annotations import keep_lost
+from labeling.offers import offer_again
+from labeling.preferences import meant
 from labeling.redacted_items import redacted_opinion
+from labeling.screen_upkeep import keep_screen
 from labeling.settings import LabelingSettings
+from labeling.settling import settle
+from labeling.standing import follow_standing
 from labeling.sweep import sweep as compare_all
 from labeling.tables import Annotation, ItemState, LabellingProject, ReviewItem
 
@@ -37,6 +42,7 @@ TASKS_PER_TRANSACTION = 50
 
 @dataclass
 class PullReport:
+    project: str
     tasks: int = 0  # looked at
     annotations: int = 0  # new, edited or deleted ones
     labels: Counter[str] = field(default_factory=Counter)  # state -> labels that came into it
@@ -44,6 +50,7 @@ class PullReport:
     reopened: int = 0  # items whose task had vanished
     replaced: bool = False  # the Label Studio project was gone, and was made again
     archived: int = 0  # tasks of settled labels that left Label Studio
+    crew: Crew | None = field(default=None, repr=False)  # read once a pull
 
 
 async def pull(
@@ -55,7 +62,7 @@ async def pull(
     sweep: bool | None = None,
 ) -> PullReport:
     """`sweep` compares everything even when it is not due yet, as a night does; False never does, None when due."""
-    report = PullReport()
+    report = PullReport(project)
     target = first = await labelling_project(database, server, project, settings)
     try:
         await _read_changes(database, server, target, settings, report)
@@ -66,6 +73,9 @@ async def pull(
     if sweep or (sweep is None and _is_due(target, settings)):
         target = await labelling_project(database, server, project, settings, sure=True)
         await _sweep(database, server, target, settings, report)
+    if report.annotations or report.swept:
+        report.labels += await follow_standing(database, project, settings)
+    await offer_again(database, server, project, target.server_project)
     report.replaced = target.server_project != first.server_project
     if report.annotations or report.reopened or report.archived:
         log.info(
@@ -116,6 +126,7 @@ async def _sweep(
     report: PullReport,
 ) -> None:
     started = now()
+    await keep_screen(database, server, target)
     differences = await compare_all(database, server, target.project, target.server_project)
     changed = server.tasks_by_id(target.server_project, differences.changed_tasks)
     await _read(database, changed, target.server_project, settings, report)
@@ -170,12 +181,14 @@ async def _store(
     async with database.write() as session:
         await one_at_a_time(session, f"annotations of {server_project}")  # a hint's look may meet a poll's
         touched: set[str] = set()
+        crew = report.crew = report.crew or await read_crew(session, report.project, settings.annotators)
+        crew.met(annotation.annotator for task in ours for annotation in task.annotations)
         for task in ours:
             touched |= await _store_task(session, task, server_project, settings, report)
         # By key, so that two pulls at once can't lock each other out on PostgreSQL.
         for item_id in sorted(touched):
             item = await session.get(ReviewItem, item_id, with_for_update=True)
-            label = await settle(session, item, settings.annotations_per_item) if item else None
+            label = await settle(session, item, settings, crew) if item else None
             if label is not None:
                 report.labels[label.state] += 1
 
@@ -243,7 +256,10 @@ async def _store_annotation(
 
 
 def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings) -> Annotation:
-    opinion = redacted_opinion(read_result(seen.result), item, settings.redaction)
+    opinion = read_result(seen.result)
+    if item.gold_id is None:  # a gold question and its right answer are the operator's own words
+        opinion = redacted_opinion(opinion, item, settings.redaction)
+    opinion = meant(item, opinion)
     return Annotation(
         labelling_project=server_project,
         annotation_id=seen.id,

@@ -15,17 +15,19 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.database import Database, now
+from labeling.gold import slip_in
 from labeling.label_studio import LabelStudioServer, NewTask, SeenTask
 from labeling.label_studio_http import LabelStudioRefused
-from labeling.labeling_screen import task_data
 from labeling.labelling_projects import labelling_project
+from labeling.new_tasks import as_tasks
+from labeling.offers import offer_again
+from labeling.overlap import people_needed
 from labeling.redacted_items import bring_up_to_date
 from labeling.settings import LabelingSettings
-from labeling.tables import Feedback, ItemMember, ItemState, ReviewItem
+from labeling.tables import ItemState, ReviewItem
 
 log = structlog.get_logger(__name__)
 TASKS_PER_IMPORT = 50
-COMMENTS_SHOWN = 3
 
 
 @dataclass
@@ -44,23 +46,16 @@ async def push(database: Database, server: LabelStudioServer, project: str, sett
         items = await _next_items(session, project, settings.max_open_tasks)
     if not withdrawn and not items:
         return report
+    items = await _with_gold(database, project, items, settings)
     target = (await labelling_project(database, server, project, settings, sure=True)).server_project
     report.removed += await _remove_withdrawn(database, server, target, withdrawn)
-    await bring_up_to_date(database, items, settings.redaction)
+    await bring_up_to_date(database, [item for item in items if item.gold_id is None], settings.redaction)
     for start in range(0, len(items), TASKS_PER_IMPORT):
-        await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], report)
+        await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], settings, report)
+    await offer_again(database, server, project, target)
     if report.sent or report.removed or report.refused:
         log.info("pushed", project=project, sent=report.sent, removed=report.removed, refused=report.refused)
     return report
-
-
-def as_task(item: ReviewItem, comments: Sequence[str]) -> NewTask:
-    """The server hands out the lowest score first."""
-    return NewTask(item.id, task_data(item, comments), queue_score(item.score))
-
-
-def queue_score(score: float) -> float:
-    return round(1 - score, 6)
 
 
 async def _next_items(session: AsyncSession, project: str, max_open_tasks: int) -> list[ReviewItem]:
@@ -74,6 +69,17 @@ async def _next_items(session: AsyncSession, project: str, max_open_tasks: int) 
         .limit(max(room, 0))
     )
     return list((await session.execute(best)).scalars())
+
+
+async def _with_gold(
+    database: Database, project: str, items: list[ReviewItem], settings: LabelingSettings
+) -> list[ReviewItem]:
+    """Among the others, so that neither place nor number tells them apart."""
+    if not items or not settings.gold.share:
+        return items
+    async with database.write() as session:
+        gold = await slip_in(session, project, items, settings.gold)
+    return sorted([*items, *gold], key=lambda item: (-item.score, item.id)) if gold else items
 
 
 async def _withdrawn(session: AsyncSession, project: str) -> list[str]:
@@ -94,10 +100,14 @@ async def _remove_withdrawn(database: Database, server: LabelStudioServer, targe
 
 
 async def _push_some(
-    database: Database, server: LabelStudioServer, target: int, items: Sequence[ReviewItem], report: PushReport
+    database: Database,
+    server: LabelStudioServer,
+    target: int,
+    items: Sequence[ReviewItem],
+    settings: LabelingSettings,
+    report: PushReport,
 ) -> None:
-    comments = await shown_comments(database, [item.id for item in items])
-    tasks = {item.id: as_task(item, comments.get(item.id, ())) for item in items}
+    tasks = await as_tasks(database, items)
     there, outdated = _sorted_out(await server.find_tasks(target, tasks), tasks)
     await server.delete_tasks(target, outdated)
     missing = [task for item_id, task in tasks.items() if item_id not in there]
@@ -106,26 +116,9 @@ async def _push_some(
     await server.delete_tasks(target, spare)
     report.sent += len(now_there.keys() - there.keys())
     report.found_again += len(there)
-    changed_meanwhile = await _mark_pushed(database, items, now_there)
+    changed_meanwhile = await _mark_pushed(database, items, now_there, settings)
     await server.delete_tasks(target, changed_meanwhile)
     report.removed += len(outdated) + len(spare) + len(changed_meanwhile)
-
-
-async def shown_comments(database: Database, items: Sequence[str]) -> dict[str, list[str]]:
-    """What users said, the newest first, `COMMENTS_SHOWN` an item."""
-    said = (
-        select(col(ItemMember.item_id), col(ItemMember.comment))
-        .join(Feedback, col(Feedback.id) == col(ItemMember.feedback_id))
-        .where(col(ItemMember.item_id).in_(items), col(ItemMember.comment).is_not(None))
-        .order_by(col(Feedback.created_at).desc(), col(Feedback.id))
-    )
-    found: dict[str, list[str]] = {}
-    async with database.read() as session:
-        for item_id, comment in await session.execute(said):
-            heard = found.setdefault(item_id, [])
-            if comment not in heard and len(heard) < COMMENTS_SHOWN:
-                heard.append(str(comment))
-    return found
 
 
 def _sorted_out(found: dict[str, list[SeenTask]], tasks: dict[str, NewTask]) -> tuple[dict[str, SeenTask], list[int]]:
@@ -158,7 +151,9 @@ async def _import(server: LabelStudioServer, target: int, tasks: Sequence[NewTas
             await _import(server, target, [task], report)
 
 
-async def _mark_pushed(database: Database, items: Sequence[ReviewItem], there: dict[str, SeenTask]) -> list[int]:
+async def _mark_pushed(
+    database: Database, items: Sequence[ReviewItem], there: dict[str, SeenTask], settings: LabelingSettings
+) -> list[int]:
     """The tasks whose item changed or was withdrawn while they were sent: they show something else now."""
     stale = []
     async with database.write() as session:
@@ -166,13 +161,16 @@ async def _mark_pushed(database: Database, items: Sequence[ReviewItem], there: d
             if item.id not in there:
                 continue
             task = there[item.id]
-            unchanged = (col(ReviewItem.answer) == item.answer) & col(ReviewItem.prefilled).is_not_distinct_from(
-                item.prefilled
+            unchanged = (
+                (col(ReviewItem.answer) == item.answer)
+                & col(ReviewItem.prefilled).is_not_distinct_from(item.prefilled)
+                & col(ReviewItem.other_answer).is_not_distinct_from(item.other_answer)
             )
+            people = {"people_wanted": await people_needed(session, item, settings), "people_offered": task.overlap}
             result = await session.execute(
                 update(ReviewItem)
                 .where(col(ReviewItem.id) == item.id, col(ReviewItem.state) == ItemState.OPEN, unchanged)
-                .values(state=ItemState.PUSHED, task_id=task.id, pushed_at=now())
+                .values(state=ItemState.PUSHED, task_id=task.id, pushed_at=now(), **people)
                 .returning(col(ReviewItem.id))
             )
             taken = result.scalar_one_or_none() is not None or await _is_pushed_as(session, item.id, task.id)

@@ -74,7 +74,7 @@ def _verdict(chosen: Proportion, drawn: Proportion, found: tuple[float, float, f
 async def _states(session: AsyncSession, project: str) -> dict[tuple[str, Chosen], int]:
     rows = await session.execute(
         select(ReviewItem.state, ReviewItem.chosen, func.count())
-        .where(col(ReviewItem.project) == project)
+        .where(col(ReviewItem.project) == project, col(ReviewItem.gold_id).is_(None))
         .group_by(col(ReviewItem.state), col(ReviewItem.chosen))
     )
     return {(ItemState(state).value, Chosen(chosen)): count for state, chosen, count in rows}
@@ -83,7 +83,11 @@ async def _states(session: AsyncSession, project: str) -> dict[tuple[str, Chosen
 async def _oldest(session: AsyncSession, project: str) -> dict[str, Any] | None:
     first = (
         select(ReviewItem)
-        .where(col(ReviewItem.project) == project, col(ReviewItem.state).in_(WAITING))
+        .where(
+            col(ReviewItem.project) == project,
+            col(ReviewItem.gold_id).is_(None),
+            col(ReviewItem.state).in_(WAITING),
+        )
         .order_by(col(ReviewItem.created_at), col(ReviewItem.id))
         .limit(1)
     )
@@ -157,7 +161,11 @@ async def next_items(database: Database, project: str, limit: int) -> list[dict[
     """The head of the queue, with what each place was made of."""
     head = (
         select(ReviewItem)
-        .where(col(ReviewItem.project) == project, col(ReviewItem.state).in_(WAITING))
+        .where(
+            col(ReviewItem.project) == project,
+            col(ReviewItem.gold_id).is_(None),
+            col(ReviewItem.state).in_(WAITING),
+        )
         .order_by(col(ReviewItem.score).desc(), col(ReviewItem.created_at), col(ReviewItem.id))
         .limit(limit)
     )

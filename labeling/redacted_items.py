@@ -14,6 +14,8 @@ from labeling.redaction.redactor import redactor
 from labeling.settings import RedactionSettings
 from labeling.tables import ItemState, ReviewItem
 
+_TEXTS = ("messages", "answer", "prefilled", "other_answer", "reasons", "redacted")
+
 
 async def bring_up_to_date(database: Database, items: Sequence[ReviewItem], settings: RedactionSettings) -> None:
     """Items folded before redaction was on, or before a pattern was added, are redacted now, here and in the database.
@@ -22,7 +24,7 @@ async def bring_up_to_date(database: Database, items: Sequence[ReviewItem], sett
     """
     changed = await asyncio.to_thread(lambda: [item for item in items if _redact(item, settings)])
     for item in changed:
-        texts = {name: getattr(item, name) for name in ("messages", "answer", "prefilled", "reasons", "redacted")}
+        texts = {name: getattr(item, name) for name in _TEXTS}
         async with database.write() as session:
             open_still = (col(ReviewItem.id) == item.id) & (col(ReviewItem.state) == ItemState.OPEN)
             await session.execute(update(ReviewItem).where(open_still).values(**texts))
@@ -30,11 +32,13 @@ async def bring_up_to_date(database: Database, items: Sequence[ReviewItem], sett
 
 def _redact(item: ReviewItem, settings: RedactionSettings) -> bool:
     """Whether anything was left to replace."""
-    redacted = redactor(settings).open().exchange(item.messages, item.answer, [item.prefilled or "", *item.reasons])
+    others = [item.prefilled or "", item.other_answer or "", *item.reasons]
+    redacted = redactor(settings).open().exchange(item.messages, item.answer, others)
     if not redacted.counts:
         return False
-    prefilled, *reasons = redacted.others
+    prefilled, other_answer, *reasons = redacted.others
     item.messages, item.answer, item.prefilled = redacted.messages, redacted.answer, prefilled or None
+    item.other_answer = None if item.other_answer is None else other_answer
     item.reasons = list(reasons)
     item.redacted = {
         kind: item.redacted.get(kind, 0) + redacted.counts.get(kind, 0) for kind in {*item.redacted, *redacted.counts}
@@ -44,6 +48,6 @@ def _redact(item: ReviewItem, settings: RedactionSettings) -> bool:
 
 def redacted_opinion(opinion: Opinion, item: ReviewItem, settings: RedactionSettings) -> Opinion:
     """What a labeller wrote; the placeholders that the item showed keep their meaning, new values get new ones."""
-    redaction = redactor(settings).open(item.messages, item.answer, item.prefilled)
+    redaction = redactor(settings).open(item.messages, item.answer, item.prefilled, item.other_answer)
     redacted = redaction.exchange([], opinion.correction or "", opinion.must_contain)
     return Opinion(opinion.verdict, redacted.answer or None, tuple(redacted.others))

@@ -46,7 +46,7 @@ async def rescore(database: Database, project: str, settings: LabelingSettings) 
 
 
 async def _due(session: AsyncSession, project: str, changed_at: datetime | None) -> list[ReviewItem]:
-    ours = col(ReviewItem.project) == project
+    ours = (col(ReviewItem.project) == project) & col(ReviewItem.gold_id).is_(None)
     new = select(ReviewItem).where(ours, col(ReviewItem.scored_at).is_(None)).limit(NEW_AT_ONCE)
     due = list((await session.execute(new)).scalars())
     if changed_at is None:
@@ -67,7 +67,7 @@ async def _due(session: AsyncSession, project: str, changed_at: datetime | None)
 async def _others(session: AsyncSession, project: str) -> list[float]:
     recent = (
         select(ReviewItem.score, ReviewItem.chosen)
-        .where(col(ReviewItem.project) == project)
+        .where(col(ReviewItem.project) == project, col(ReviewItem.gold_id).is_(None))
         .order_by(col(ReviewItem.id).desc())
         .limit(COMPARED_WITH)
     )

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 
 from labeling.redaction.page import Kind
 from labeling.redaction.work import UnboundedWork, shortest, steps
+from labeling.tables import FeedbackKind
 
 STEPS_PER_CHARACTER = 10_000  # what a pattern of the project's own may cost at one position of a text
 
@@ -175,6 +176,44 @@ class RedactionSettings(Strict):
         return self
 
 
+class RiskySettings(Strict):
+    """Which items need `people` whatever the share says. Nothing is risky until you say so."""
+
+    reasons: tuple[str, ...] = Field((), description="Reason codes of its feedback, such as unsafe")
+    severity: float | None = Field(None, ge=0, le=1, description="From this severity on")
+    tags: tuple[str, ...] = Field((), description='Tags of its feedback: "topic", or "topic=medicine"')
+    kinds: tuple[FeedbackKind, ...] = Field((), description="Kinds of its feedback, such as correction")
+
+
+class OverlapSettings(Strict):
+    """Items that several people label, beyond `annotations_per_item`."""
+
+    share: float = Field(0.0, ge=0, le=1, description="Share of all items, drawn by hash")
+    people: int = Field(2, ge=2, le=5, description="How many must agree on an item drawn or risky")
+    risky: RiskySettings = RiskySettings()
+
+
+class GoldSettings(Strict):
+    """Questions with a known answer among the tasks (`nightschool gold add`)."""
+
+    share: float = Field(0.05, ge=0, le=0.5, description="Share of tasks sent that are gold questions")
+    min_accuracy: float = Field(
+        0.7, ge=0, le=1, description="Below it, what a labeller alone says waits for a second opinion"
+    )
+    min_answers: int = Field(5, ge=1, le=1000, description="Gold answers before anybody is judged by them")
+
+
+class AnnotatorSettings(Strict):
+    """What one person alone may put into training; more waits for a second person, or for its turn."""
+
+    labels_per_day: int | None = Field(
+        None, ge=1, description="Labels that rest on one person alone, accepted a day (UTC); empty = no limit"
+    )
+    share_of_delta: float = Field(
+        1.0, gt=0, le=1, description="Share of a night's new labels that may rest on one and the same person alone"
+    )
+
+
 class LabelingSettings(Strict):
     """Per project: how flags become labels."""
 
@@ -182,6 +221,9 @@ class LabelingSettings(Strict):
         0.2, ge=0, lt=1, description="Share of review items labelled but never trained on, by hash"
     )
     annotations_per_item: int = Field(1, ge=1, le=5, description="How many people must label an item")
+    overlap: OverlapSettings = OverlapSettings()
+    gold: GoldSettings = GoldSettings()
+    annotators: AnnotatorSettings = AnnotatorSettings()
     max_open_tasks: int = Field(500, ge=1, le=100_000, description="Tasks kept in Label Studio at a time")
     fold: Literal["identical", "near"] = Field(
         "identical", description="Which prompts become one review item; docs/folding.md says what each level may merge"

@@ -17,7 +17,9 @@ from sqlmodel import col, select
 from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenTask
 from labeling.lost_annotations import keep_lost
-from labeling.push import keeper, queue_score
+from labeling.new_tasks import queue_score
+from labeling.offers import note_offers
+from labeling.push import keeper
 from labeling.tables import Annotation, ItemState, Label, LabelState, ReviewItem
 
 ROWS_PER_STATEMENT = 500
@@ -61,6 +63,7 @@ async def sweep(database: Database, server: LabelStudioServer, project: str, ser
     kept = {item_id: keeper(tasks) for item_id, tasks in seen.items()}
     await _follow(database, items, kept)
     await _rescore(server, items, kept)
+    await note_offers(database, project, {item_id: task.overlap for item_id, task in kept.items()})
     return Differences(frozenset(_changed(items, seen, known)), reopened, kept)
 
 

@@ -54,12 +54,13 @@ class LabelState(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What the labeller says of the flagged answer."""
+    """What the labeller says of the flagged answer; PREFERRED where one of two shown answers was chosen."""
 
     GOOD = "good"
     WRONG = "wrong"
     CANNOT_TELL = "can't tell"
     UNSAFE = "unsafe"
+    PREFERRED = "preferred"
 
 
 class Exchange(SQLModel, table=True):
@@ -152,6 +153,7 @@ class ReviewItem(SQLModel, table=True):
     answer: str
     served: str | None = None
     prefilled: str | None = None  # a correction that an app or its user offered
+    other_answer: str | None = None  # a preference's chosen answer, shown beside `answer`, the rejected one
     reasons: list[str] = Field(default_factory=list, sa_column=_json())
     redacted: dict[str, int] = Field(default_factory=dict, sa_column=_json())  # kind -> places replaced in its texts
     count: int = 0
@@ -166,6 +168,9 @@ class ReviewItem(SQLModel, table=True):
     held_out: bool = False  # labelled, but never trained on; set at creation, before anyone labels
     state: ItemState = Field(default=ItemState.OPEN, sa_column=enum_column(ItemState))
     task_id: int | None = Field(default=None, index=True)
+    people_wanted: int = 1  # how many different people are to say something
+    people_offered: int = 1  # to how many the task is offered, as far as we know
+    gold_id: str | None = Field(default=None, foreign_key="gold_questions.id", index=True)  # a test of the labeller
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     pushed_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
 
@@ -271,7 +276,9 @@ class Label(SQLModel, table=True):
         default_factory=list, sa_column=_json()
     )  # each "a|b": any of these words must stand in a right answer
     held_out: bool = False
-    annotators: list[str] = Field(default_factory=list, sa_column=_json())
+    rejected: list[str] = Field(default_factory=list, sa_column=_json())  # shown answers that the correction beats
+    annotators: list[str] = Field(default_factory=list, sa_column=_json())  # everybody who spoke
+    overlap: int = 1  # how many of them said what the label says
     reason: str | None = None  # why refused or disputed
     accepted_at: datetime = Field(default_factory=now, sa_column=_time())
     updated_at: datetime = Field(default_factory=now, sa_column=_time())
@@ -294,12 +301,39 @@ class GoodAnswer(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
+class GoldQuestion(SQLModel, table=True):
+    """A question whose right verdict is known, slipped among the tasks to see how well a labeller labels."""
+
+    __tablename__ = "gold_questions"
+    id: str = Field(primary_key=True)  # from the content: adding it again changes nothing
+    project: str = Field(index=True)
+    messages: list[dict[str, Any]] = Field(sa_column=_json())
+    answer: str
+    other_answer: str | None = None  # a preference: the answer that has to be chosen
+    verdict: Verdict = Field(sa_column=enum_column(Verdict))
+    correction: str | None = None
+    must_contain: list[str] = Field(default_factory=list, sa_column=_json())
+    retired: bool = False  # asked no more; what was answered counts on
+    created_at: datetime = Field(default_factory=now, sa_column=_time())
+
+
+class DoubtedAnnotator(SQLModel, table=True):
+    """Too often wrong on gold questions: what only this person said waits for a second opinion."""
+
+    __tablename__ = "doubted_annotators"
+    project: str = Field(primary_key=True)
+    annotator: str = Field(primary_key=True)
+    why: str
+    since: datetime = Field(default_factory=now, sa_column=_time())
+
+
 class LabellingProject(SQLModel, table=True):
     """Which Label Studio project holds a project's tasks, and how far its changes were read."""
 
     __tablename__ = "labelling_projects"
     project: str = Field(primary_key=True)
     server_project: int
+    screen: str | None = None  # digest of the labelling screen that we wrote there last
     watermark: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by the server's clock
     watermark_moved_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # by ours
     swept_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))

@@ -24,7 +24,11 @@ async def next_unmeasured(database: Database, project: str, limit: int) -> list[
     """Of the newest that were not measured yet, those that stand first. The cost does not grow with the queue."""
     newest = (
         select(ReviewItem)
-        .where(col(ReviewItem.project) == project, col(ReviewItem.uncertainty_tries) < TRIES)
+        .where(
+            col(ReviewItem.project) == project,
+            col(ReviewItem.gold_id).is_(None),
+            col(ReviewItem.uncertainty_tries) < TRIES,
+        )
         .order_by(col(ReviewItem.uncertainty_tries), col(ReviewItem.id).desc())
         .limit(LOOKED_AT)
     )

@@ -76,7 +76,7 @@ async def project_view(database: Database, project: str) -> dict[str, Any]:
     async with database.read() as session:
         serving = await session.get(Serving, project)
         labelling = await session.get(LabellingProject, project)
-        items = await _counts(session, ReviewItem.state, ReviewItem.project, project)
+        items = await _counts(session, ReviewItem.state, ReviewItem.project, project, col(ReviewItem.gold_id).is_(None))
         labels = await _counts(session, Label.state, Label.project, project)
         nights = await newest(session, project, limit=10)
         promotions = await _all(
@@ -140,8 +140,8 @@ async def refused_labels(database: Database, project: str) -> list[dict[str, Any
         ]
 
 
-async def _counts(session: AsyncSession, state: Any, project_column: Any, project: str) -> dict[str, int]:
-    rows = await session.execute(select(state, func.count()).where(project_column == project).group_by(state))
+async def _counts(session: AsyncSession, state: Any, project_column: Any, project: str, *more: Any) -> dict[str, int]:
+    rows = await session.execute(select(state, func.count()).where(project_column == project, *more).group_by(state))
     return {str(value): count for value, count in rows}
 
 

@@ -12,6 +12,7 @@ from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
 from labeling.redaction.redactor import Redactor
+from labeling.shares import within_share
 from labeling.tables import GoodAnswer, ItemWording, Label, ReviewItem
 from labeling.wording import text_parts
 from loop.scoring import ExamItem
@@ -28,13 +29,17 @@ class ChosenLabels:
     replay: tuple[Label, ...]
     held_out: tuple[Label, ...]  # never trained on; examined
     held_back: tuple[Label, ...]  # of a REJECTED night, until a person confirms them
+    above_share: tuple[Label, ...] = ()  # new ones that rest on one person alone, more than their share of the night
 
     @property
     def trained(self) -> tuple[Label, ...]:
         return self.new + self.replay
 
 
-async def choose_labels(session: AsyncSession, project: str, replay_max_rows: int) -> ChosenLabels:
+async def choose_labels(
+    session: AsyncSession, project: str, replay_max_rows: int, share_alone: float = 1.0
+) -> ChosenLabels:
+    """`share_alone`: of the new labels, the most that may rest on one and the same person alone."""
     ready = await labels_ready(session, project)
     used = await _used_by_current(session, project)
     held = await _held(session, project)
@@ -42,12 +47,14 @@ async def choose_labels(session: AsyncSession, project: str, replay_max_rows: in
     free = [label for label in trainable if label.id not in held]
     new = [label for label in free if label.id not in used or label.updated_at > used[label.id].created_at]
     newest = {label.id for label in new}
+    taken, above_share = within_share(new, share_alone)
     older = sorted((label for label in free if label.id not in newest), key=_shuffled)
     return ChosenLabels(
-        new=tuple(new),
+        new=tuple(taken),
         replay=tuple(older[:replay_max_rows]),
         held_out=tuple(label for label in ready if label.held_out),
         held_back=tuple(label for label in trainable if label.id in held),
+        above_share=tuple(above_share),
     )
 
 

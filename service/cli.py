@@ -28,7 +28,8 @@ app = typer.Typer(
 )
 night = typer.Typer(help="Run a night, or see how one went.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: made once, shown once, revoked.", no_args_is_help=True)
-labels = typer.Typer(help="Labels that were refused, or held back after a rejected night.", no_args_is_help=True)
+labels = typer.Typer(help="Labels: accepted, refused, held back; who made them; the screen.", no_args_is_help=True)
+gold = typer.Typer(help="Questions with a known answer, slipped among the tasks.", no_args_is_help=True)
 feedback = typer.Typer(help="Feedback that waits for its exchange.", no_args_is_help=True)
 app.add_typer(night, name="night")
 app.add_typer(feedback, name="feedback")
@@ -38,6 +39,9 @@ queue = typer.Typer(
     help="The review queue: what waits, why in that order, what choosing has brought.", no_args_is_help=True
 )
 app.add_typer(queue, name="queue")
+
+
+app.add_typer(gold, name="gold")
 
 
 def main() -> None:
@@ -144,6 +148,28 @@ def rollback(
     _call("commands.night:rollback", settings, project=project, to=to, why=why)
 
 
+@labels.command("accepted")
+def labels_accepted(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """List accepted labels: what was chosen over what, by whom, how many said so, when."""
+    _call("commands.labels:accepted", settings, project=project, as_json=as_json)
+
+
+@labels.command("annotators")
+def labels_annotators(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """How well each labeller labels: gold questions, agreement with others, what became of it."""
+    _call("commands.labels:annotators", settings, project=project, as_json=as_json)
+
+
+@labels.command("screen")
+def labels_screen(
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Put ours back over changes made by hand.")] = False,
+) -> None:
+    """Whether Label Studio's labelling screen is ours, and whether it can work."""
+    _call("commands.labels:screen", settings, project=project, restore=restore)
+
+
 @labels.command("refused")
 def labels_refused(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
     """List labels that can't be trained on, and why: the labeller edits the annotation, and it counts."""
@@ -187,6 +213,32 @@ def queue_next(
 ) -> None:
     """The items that come next, and the factors that put them there; a ? marks one that is not known."""
     _call("commands.queue:show_next", settings, project=project, limit=limit, as_json=as_json)
+
+
+@gold.command("add")
+def gold_add(
+    file: Annotated[Path, typer.Argument(help="JSONL, or a folder of such files.")],
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+) -> None:
+    """Add gold questions; those that are known already stay one."""
+    _call("commands.gold:add", settings, file, project=project)
+
+
+@gold.command("list")
+def gold_list(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """The gold questions, how often each was asked, and how often answered rightly."""
+    _call("commands.gold:show", settings, project=project, as_json=as_json)
+
+
+@gold.command("retire")
+def gold_retire(
+    gold_id: Annotated[str, typer.Argument(help="The id from `gold list`.")],
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+) -> None:
+    """Ask a gold question no more; what was answered counts on."""
+    _call("commands.gold:retire", settings, gold_id, project=project)
 
 
 @keys.command("create")

@@ -31,6 +31,7 @@ from service.health import Check
 from service.hints import Announcer
 from service.routes.hooks import hook_routes
 from service.routes.keys import key_routes
+from service.routes.labels import label_routes
 from service.routes.nights import NightDesk, night_routes
 from service.routes.pages import page_routes
 from service.routes.queue import queue_routes
@@ -80,6 +81,7 @@ class Installation:
         common = (self.database, self.state.keys)
         extra = [
             *night_routes(desk),
+            *label_routes(desk),
             *queue_routes(desk),
             *page_routes(desk),
             *key_routes(*common, tuple(self.projects)),

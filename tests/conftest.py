@@ -186,11 +186,11 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing = [one for one in terminalreporter.stats.get("skipped", []) if "NOT TESTED ON" in str(one.longrepr)]
-    if missing:
-        terminalreporter.section(
-            f"{len(missing)} tests did not run: no PostgreSQL on this machine", red=True, bold=True
-        )
+    skipped = [str(one.longrepr) for one in terminalreporter.stats.get("skipped", [])]
+    for what, missing in (("NOT TESTED ON", "PostgreSQL"), ("NOT TESTED IN", "browser")):
+        count = sum(what in reason for reason in skipped)
+        if count:
+            terminalreporter.section(f"{count} tests did not run: no {missing} on this machine", red=True, bold=True)
 
 
 def _port() -> int:

@@ -29,7 +29,9 @@ from loop.vllm import Replica
 async def run(context: StageContext) -> Delta:
     project, clients = context.project, context.clients
     async with clients.database.read() as session:
-        chosen = await examples.choose_labels(session, project.name, project.replay.max_rows)
+        chosen = await examples.choose_labels(
+            session, project.name, project.replay.max_rows, project.labeling.annotators.share_of_delta
+        )
         good = await examples.good_answers(session, project.name, project.gate.good_answers)
     chosen, good = await asyncio.to_thread(_redacted, chosen, good, project.labeling.redaction)
     synced = context.take(SyncedLabels).notes
@@ -84,6 +86,8 @@ def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tup
     if have >= needed:
         return
     held = f" ({len(chosen.held_back)} more are held back after a rejected night)" if chosen.held_back else ""
+    if chosen.above_share:
+        held += f" ({len(chosen.above_share)} more wait: one person alone gave them, beyond labeling.annotators)"
     reasons = f". {'; '.join(left_out[:5])}" if left_out else ""
     raise NightEnds(
         NightState.SKIPPED,
@@ -93,9 +97,12 @@ def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tup
 
 
 def _held_back(chosen: examples.ChosenLabels) -> tuple[str, ...]:
-    if not chosen.held_back:
-        return ()
-    return (f"{len(chosen.held_back)} labels of a rejected night are held back until a person confirms them",)
+    held, above = len(chosen.held_back), len(chosen.above_share)
+    notes = (
+        held and f"{held} labels of a rejected night are held back until a person confirms them",
+        above and f"{above} labels wait: one person alone gave them, beyond their share of a night",
+    )
+    return tuple(note for note in notes if note)
 
 
 def _held_out_file(context: StageContext) -> list[ExamItem]:

@@ -35,7 +35,9 @@ async def run(context: StageContext) -> SyncedLabels:
                 )
             ).all()
         )
-        chosen = await choose_labels(session, project.name, project.replay.max_rows)
+        chosen = await choose_labels(
+            session, project.name, project.replay.max_rows, project.labeling.annotators.share_of_delta
+        )
     return SyncedLabels(
         accepted=counts.get(LabelState.ACCEPTED, 0),
         disputed=counts.get(LabelState.DISPUTED, 0),

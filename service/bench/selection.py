@@ -32,7 +32,9 @@ LABELS_A_DAY = 20
 SCORED_EVERY = 5  # labels: the worker looks many times a day
 FLAG_WRONG, FLAG_RIGHT = 0.3, 0.02  # share of wrong, and of right answers, that users flag
 SEVERITY_NOISE = 0.2  # standard deviation of what a user says around what the attribute deserves
-TARGETS = (0.3, 0.5)  # shares mended
+# Shares mended. The figures are those of the first: of the second, meant as the headline at first, most companies
+# fall short with any policy, and what is never reached can't be compared. Both are printed.
+TARGETS = (0.3, 0.5)
 RESAMPLES = 2000
 NEUTRAL = dict.fromkeys(("severity", "uncertainty", "novelty", "traffic"), 0.0)
 POLICIES: dict[str, SelectionSettings] = {
@@ -69,16 +71,22 @@ def run(say: Say) -> list[Figure]:
 
 
 def _figure(name: str, runs: Mapping[str, Sequence[Run]], policy: str) -> Figure:
-    target = TARGETS[-1]
+    target = TARGETS[0]
     ratio, low, high = saving(runs["random"], runs[policy], target)
-    needed = {which: np.mean([labels_needed(one, target)[0] for one in runs[which]]) for which in ("random", policy)}
+    seen = {which: [labels_needed(one, target) for one in runs[which]] for which in ("random", policy)}
+    needed = "; ".join(f"{which} {_told(found)}" for which, found in seen.items())
     return Figure(
         name,
         ratio,
         1.0,
-        detail=f"labels for {100 * target:.0f} % mended: random {needed['random']:.0f}, {policy} {needed[policy]:.0f}; "
-        f"95 % interval of the ratio {low:.2f} to {high:.2f}, {len(runs[policy])} companies",
+        detail=f"labels for {100 * target:.0f} % mended: {needed}; 95 % interval of the ratio {low:.2f} to {high:.2f}, "
+        f"{len(runs[policy])} companies",
     )
+
+
+def _told(needed: Sequence[tuple[float, bool]]) -> str:
+    missed = sum(not reached for _, reached in needed)
+    return f"{np.mean([labels for labels, _ in needed]):.0f}{f' ({missed} never)' if missed else ''}"
 
 
 def replay(company: Company, settings: SelectionSettings, seed: int) -> Run:
@@ -194,11 +202,8 @@ def table(runs: Mapping[str, Sequence[Run]]) -> list[str]:
         cells = []
         for target in TARGETS:
             needed = [labels_needed(one, target) for one in of_policy]
-            missed = sum(not reached for _, reached in needed)
             ratio, low, high = saving(runs["random"], of_policy, target)
-            missing = f" ({missed} never)" if missed else ""
-            mean = float(np.mean([labels for labels, _ in needed]))
-            cells.append(f"{100 * target:.0f} %: {mean:.0f} labels{missing}, x{ratio:.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{100 * target:.0f} %: {_told(needed)} labels, x{ratio:.2f} ({low:.2f} to {high:.2f})")
         corrected = sum(one.corrections for one in of_policy) / sum(one.labels for one in of_policy)
         end, harm = (float(np.mean([getattr(o, part)[-1] for o in of_policy])) for part in ("mended", "harm_mended"))
         cells.append(f"end: {100 * end:.0f} % mended, {100 * harm:.0f} % by severity")

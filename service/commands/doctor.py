@@ -21,10 +21,12 @@ from labeling.database import Database
 from labeling.embeddings import embedder
 from labeling.errors import NightschoolError, Refused
 from labeling.label_studio import LabelStudioServer
+from labeling.screen_upkeep import ScreenState, look
 from loop.adapter_files import base_digest, read_base_config
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
 from loop.vllm import Replica
+from service.commands.local_api import Api, open_api
 from service.data_dir import DataDirLock
 from service.health import database_check
 from service.servers import label_studio_command
@@ -70,6 +72,7 @@ async def examine(settings: Settings) -> list[Finding]:
         found.append(await _try(f"vllm {replica.url}", _served(settings, replica.url)))
     if settings.label_studio.url:
         found.append(await _try("label_studio", lambda: _label_studio(settings)))
+    found += await labelling_screens(settings)
     if settings.mlflow.url:
         found.append(await _try("mlflow", lambda: _mlflow(settings)))
     found.append(await _try("object_store", lambda: _objects(settings)))
@@ -220,6 +223,45 @@ async def _label_studio(settings: Settings) -> str:
     finally:
         await server.close()
     return f"{info.version}, {info.token_kind} token of {info.user}"
+
+
+async def labelling_screens(settings: Settings) -> list[Finding]:
+    """Whether what labellers see is ours and can work, asked of a process that runs, else of Label Studio itself."""
+    holder = DataDirLock.holder(settings.data_dir.resolve())
+    try:
+        if holder is not None and holder.serves:
+            async with open_api(settings) as api:
+                return [await _served_screen(api, project.name) for project in settings.projects]
+        if settings.label_studio.url and settings.label_studio.token:
+            return await _screens_there(settings)
+    except NightschoolError as error:
+        return [Finding("labelling screen", "warning", f"could not be looked at: {error}", error.hint)]
+    return []
+
+
+async def _served_screen(api: Api, project: str) -> Finding:
+    found = await api.call("GET", f"/v1/projects/{project}/labels/screen")
+    return _screen_finding(project, ScreenState(found["state"]), found["detail"], found["cure"])
+
+
+async def _screens_there(settings: Settings) -> list[Finding]:
+    assert settings.label_studio.token is not None
+    server = LabelStudioServer(settings.label_studio.url, settings.label_studio.token.get_secret_value())
+    findings = []
+    try:
+        for project in settings.projects:
+            number = await server.find_project(project.name)
+            if number is not None:  # else it is made by the first push
+                screen = look(await server.screen(number), None)
+                findings.append(_screen_finding(project.name, screen.state, screen.detail, screen.cure))
+    finally:
+        await server.close()
+    return findings
+
+
+def _screen_finding(project: str, state: ScreenState, detail: str, cure: str) -> Finding:
+    levels = {ScreenState.CHANGED: "warning", ScreenState.UNUSABLE: "trouble"}
+    return Finding(f"labelling screen {project}", levels.get(state, "ok"), detail, cure)
 
 
 async def _mlflow(settings: Settings) -> str:

@@ -46,7 +46,7 @@ class WhichProject(InvalidInput):
 
 class NoId(InvalidInput):
     code = "no_id"
-    default_hint = "Give one that `night show`, `keys list` or `labels held` shows."
+    default_hint = "Give one that `night show`, `keys list`, `labels held` or `gold list` shows."
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Api:
     settings: Settings
     served: bool
 
-    async def call(self, method: str, path: str, body: dict[str, Any] | None = None, **params: Any) -> Any:
+    async def call(self, method: str, path: str, body: Any = None, **params: Any) -> Any:
         with _reached(self.client):
             answer = await self.client.request(method, path, json=body, params=params)
         return _checked(answer).json()

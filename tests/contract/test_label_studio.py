@@ -16,7 +16,8 @@ import pytest
 from labeling.label_studio import ITEM_KEY, LabelStudioServer, NewTask, OfferedTask, SeenTask
 from labeling.label_studio_http import LabelStudioNotFound, LabelStudioRefused, LabelStudioUnavailable
 from labeling.label_studio_webhook import HEADER, PATH, is_genuine, keep_webhook
-from labeling.labeling_screen import SCREEN, Opinion, as_result, read_result
+from labeling.labeling_screen import SCREEN, Opinion, as_result, read_result, task_data
+from labeling.tables import ReviewItem
 from service.servers import HOOK_HOST
 from tests.fakes.label_studio import LabelStudioProxy, label_studio_proxy
 from tests.running import serving
@@ -60,8 +61,9 @@ def unique(name: str) -> str:
 
 
 def task(item_id: str, score: float = 0.5, **data: str) -> NewTask:
-    texts = {"why": "Flagged once.", "conversation": "USER\nHow?", "flagged_answer": "So.", "draft": "So."}
-    return NewTask(item_id, {**texts, **data}, score)
+    messages = [{"role": "user", "content": "How?"}]
+    item = ReviewItem(project="p", prompt_digest="d", messages=messages, answer="So.", count=1)
+    return NewTask(item_id, {**task_data(item), **data}, score)
 
 
 async def everything(tasks: AsyncIterator[SeenTask]) -> list[SeenTask]:

@@ -17,7 +17,7 @@ from labeling.agreement import labels_ready
 from labeling.database import Database, now
 from labeling.label_studio import LabelStudioServer, SeenTask
 from labeling.label_studio_http import LabelStudioUnavailable
-from labeling.labeling_screen import Opinion, as_result
+from labeling.labeling_screen import Opinion, as_result, task_data
 from labeling.pull import PullReport, pull
 from labeling.push import PushReport, push
 from labeling.settings import LabelingSettings
@@ -561,7 +561,7 @@ async def test_tasks_of_others_are_left_alone(desk: Desk) -> None:
     (item,) = await desk.flagged(0.5)
     await desk.push()
     project = await desk.server_project()
-    data = {"why": "", "conversation": "x", "flagged_answer": "y", "draft": "y"}
+    data = task_data(item)
     await desk.server._post(f"/api/projects/{project}/import", [{"data": data}], "importing by hand")  # type: ignore[arg-type]  # a list of tasks
     for task in await desk.tasks():
         await desk.server.annotate(task.id, as_result(WRONG))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labeling.agreement import Outcome, agree
-from labeling.labeling_screen import Opinion, as_result, read_result, task_data
+from labeling.labeling_screen import OFFERED, Opinion, as_result, read_result, task_data
 from labeling.tables import Annotation, LabelState, ReviewItem, Verdict
 from labeling.wording import same_wording, stands_in
 
@@ -109,6 +109,15 @@ def test_a_correction_of_case_alone_is_one() -> None:
     assert outcome(said("ann", "wrong", FLAGGED.upper())).state is LabelState.ACCEPTED
 
 
+def test_two_who_word_it_differently_agree_by_the_words_that_count() -> None:
+    """Nobody words a long answer as another does; `must_contain` says what an answer is about."""
+    ann = said("ann", "wrong", "It is Paris, the capital.", must_contain=["Paris"])
+    found = outcome(ann, said("bob", "wrong", "Paris it is."), people=2)
+    assert (found.state, found.overlap) == (LabelState.ACCEPTED, 2)
+    assert outcome(ann, said("bob", "wrong", "Lyon it is."), people=2).state is LabelState.DISPUTED
+    assert outcome(ann, said("bob", "unsafe", "Paris it is."), people=2).state is LabelState.DISPUTED
+
+
 def test_the_words_of_all_who_agree_count() -> None:
     """Each may have thought of another one."""
     found = outcome(
@@ -147,7 +156,7 @@ def test_wording_is_compared_both_ways_alike(one: str, other: str) -> None:
 
 opinions = st.builds(
     Opinion,
-    st.sampled_from([*Verdict, None]),
+    st.sampled_from([*sorted(OFFERED), None]),
     st.one_of(st.none(), st.text(min_size=1).map(str.strip).filter(bool)),
     st.lists(st.from_regex(r"[a-z|]{1,9}", fullmatch=True), unique=True).map(tuple),
 )
@@ -172,7 +181,7 @@ parts = st.fixed_dictionaries(
 def test_no_result_breaks_the_reader(result: list[Any]) -> None:
     """Anybody with a token can write anything; one such annotation must not stop the others."""
     read = read_result(result)
-    assert read.verdict is None or read.verdict in set(Verdict)
+    assert read.verdict is None or read.verdict in OFFERED
 
 
 def test_entries_of_one_box_are_one_text() -> None:

@@ -20,7 +20,7 @@ from labeling.exchanges import record
 from labeling.feedback import fold, is_held_out, prompt_digest
 from labeling.feedback_body import InvalidFeedback, parse
 from labeling.labeling_screen import task_data
-from labeling.push import shown_comments
+from labeling.new_tasks import shown_comments
 from labeling.reporters import Reporters
 from labeling.selection import Signals, factors
 from labeling.settings import LabelingSettings
@@ -433,7 +433,7 @@ async def test_comments_reach_the_labeller(database: Database) -> None:
     assert item.count == 2, "a comment alone is no flag"
     said = await shown_comments(database, [item.id])
     assert said == {item.id: ["Ask the shop.", "We close at six."]}
-    assert "“Ask the shop.” “We close at six.”" in task_data(item, said[item.id])["why"]
+    assert "“Ask the shop.”\n“We close at six.”" in task_data(item, said[item.id])["why"]
 
 
 async def test_one_that_cannot_be_folded_stops_no_other(database: Database) -> None:

@@ -73,6 +73,29 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project"),
     )
     op.create_table(
+        "doubted_annotators",
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("annotator", sa.String(), nullable=False),
+        sa.Column("why", sa.String(), nullable=False),
+        sa.Column("since", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "annotator"),
+    )
+    op.create_table(
+        "gold_questions",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("messages", sa.JSON(), nullable=False),
+        sa.Column("answer", sa.String(), nullable=False),
+        sa.Column("other_answer", sa.String(), nullable=True),
+        sa.Column("verdict", sa.String(length=32), nullable=False),
+        sa.Column("correction", sa.String(), nullable=True),
+        sa.Column("must_contain", sa.JSON(), nullable=False),
+        sa.Column("retired", sa.Boolean(), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index(op.f("ix_gold_questions_project"), "gold_questions", ["project"], unique=False)
+    op.create_table(
         "idempotent_answers",
         sa.Column("key_id", sa.String(), nullable=False),
         sa.Column("idempotency_key", sa.String(), nullable=False),
@@ -86,6 +109,7 @@ def upgrade() -> None:
         "labelling_projects",
         sa.Column("project", sa.String(), nullable=False),
         sa.Column("server_project", sa.Integer(), nullable=False),
+        sa.Column("screen", sa.String(), nullable=True),
         sa.Column("watermark", UtcDateTime(), nullable=True),
         sa.Column("watermark_moved_at", UtcDateTime(), nullable=True),
         sa.Column("swept_at", UtcDateTime(), nullable=True),
@@ -166,6 +190,7 @@ def upgrade() -> None:
         sa.Column("answer", sa.String(), nullable=False),
         sa.Column("served", sa.String(), nullable=True),
         sa.Column("prefilled", sa.String(), nullable=True),
+        sa.Column("other_answer", sa.String(), nullable=True),
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("redacted", sa.JSON(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
@@ -180,8 +205,15 @@ def upgrade() -> None:
         sa.Column("held_out", sa.Boolean(), nullable=False),
         sa.Column("state", sa.String(length=32), nullable=False),
         sa.Column("task_id", sa.Integer(), nullable=True),
+        sa.Column("people_wanted", sa.Integer(), nullable=False),
+        sa.Column("people_offered", sa.Integer(), nullable=False),
+        sa.Column("gold_id", sa.String(), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("pushed_at", UtcDateTime(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["gold_id"],
+            ["gold_questions.id"],
+        ),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project", "prompt_digest", "round"),
     )
@@ -194,6 +226,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_review_items_scored", "review_items", ["project", "scored_at"], unique=False)
     op.create_index("ix_review_items_unmeasured", "review_items", ["project", "uncertainty_tries", "id"], unique=False)
+    op.create_index(op.f("ix_review_items_gold_id"), "review_items", ["gold_id"], unique=False)
     op.create_index(op.f("ix_review_items_task_id"), "review_items", ["task_id"], unique=False)
     op.create_table(
         "serving",
@@ -359,7 +392,9 @@ def upgrade() -> None:
         sa.Column("correction", sa.String(), nullable=True),
         sa.Column("must_contain", sa.JSON(), nullable=False),
         sa.Column("held_out", sa.Boolean(), nullable=False),
+        sa.Column("rejected", sa.JSON(), nullable=False),
         sa.Column("annotators", sa.JSON(), nullable=False),
+        sa.Column("overlap", sa.Integer(), nullable=False),
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("accepted_at", UtcDateTime(), nullable=False),
         sa.Column("updated_at", UtcDateTime(), nullable=False),
@@ -456,6 +491,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_adapters_project"), table_name="adapters")
     op.drop_table("adapters")
     op.drop_table("serving")
+    op.drop_index(op.f("ix_review_items_gold_id"), table_name="review_items")
     op.drop_index(op.f("ix_review_items_task_id"), table_name="review_items")
     op.drop_index("ix_review_items_queue", table_name="review_items")
     op.drop_index("ix_review_items_project", table_name="review_items")
@@ -471,6 +507,9 @@ def downgrade() -> None:
     op.drop_table("labelling_projects")
     op.drop_table("idempotent_answers")
     op.drop_table("exchange_retention")
+    op.drop_index(op.f("ix_gold_questions_project"), table_name="gold_questions")
+    op.drop_table("gold_questions")
+    op.drop_table("doubted_annotators")
     op.drop_index("ix_exchanges_session", table_name="exchanges")
     op.drop_index("ix_exchanges_request", table_name="exchanges")
     op.drop_index("ix_exchanges_age", table_name="exchanges")
