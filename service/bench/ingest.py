@@ -162,7 +162,7 @@ def _asked(server: Server, bodies: list[str], seconds: float) -> float:
     told = Spec(server.port, "/v1/feedback", server.key, bodies, CONNECTIONS, seconds, str(ids))
     spec.write_text(spec_as_json(told), encoding="utf-8")
     command = [sys.executable, "-m", "service.bench.http_load", str(spec)]
-    seen = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    seen = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60 + seconds).stdout)
     ended = time.perf_counter()
     while _waiting(server):
         time.sleep(0.005)

@@ -71,7 +71,8 @@ async def serve(mode: Mode, url: str) -> None:
     _, key = await create_key(database, mode, ["feedback"], PROJECT)
     state = with_mode(assemble(settings, database, []), mode, settings)
     listener = installation.listen(settings)
-    config = uvicorn.Config(create_app(settings, state), log_config=None, access_log=False, lifespan="on")
+    app = create_app(settings, state)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
