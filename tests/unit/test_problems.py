@@ -121,7 +121,9 @@ async def test_health_needs_no_key_and_ready_tells_each(database: Database) -> N
         assert "nightschool_capture_waiting 0.0" in (await client.get("/metrics")).text
         form = (await client.get("/schema/openapi.json")).json()
         body = form["paths"]["/v1/feedback"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert {"kind", "exchange_id", "value"} <= set(body["properties"])
+        one, many = body["oneOf"]
+        assert {"kind", "exchange_id", "value"} <= set(one["properties"])
+        assert many["items"] == one
         assert "://" not in (await client.get("/schema")).text.replace("http://127", "")
 
 

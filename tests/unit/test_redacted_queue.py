@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 from sqlmodel import col, select
 
-from labeling.agreement import settle
+from labeling.crew import Crew
 from labeling.database import Database, new_id, now
 from labeling.feedback import fold
 from labeling.labeling_screen import Opinion, task_data
-from labeling.push import as_task, shown_comments
+from labeling.new_tasks import as_task, shown_comments
 from labeling.redacted_items import bring_up_to_date, redacted_opinion
 from labeling.redaction.redactor import Redactor
 from labeling.redaction.tally import REPLACED
 from labeling.settings import LabelingSettings, RedactionSettings
+from labeling.settling import settle
 from labeling.tables import (
     Annotation,
     Exchange,
@@ -68,7 +69,7 @@ async def test_an_item_holds_nothing_personal(database: Database) -> None:
     assert item.redacted == {"email": 5, "card": 1}
     said = await shown_comments(database, [item.id])
     assert said[item.id] == ["I am <EMAIL_1>, card <CARD_1>"]
-    shown = "".join(task_data(item, said[item.id]).values())
+    shown = "".join(map(str, task_data(item, said[item.id]).values()))
     assert MAIL not in shown
     assert (await rows(database, Exchange))[0].messages[0]["content"] == f"Write to {MAIL}"
 
@@ -179,7 +180,7 @@ async def test_a_correction_that_no_prompt_explains_is_refused(
         session.add(annotation)
         stored = (await session.execute(select(ReviewItem).where(col(ReviewItem.id) == item.id))).scalar_one()
         stored.state = ItemState.PUSHED
-        label = await settle(session, stored, 1)
+        label = await settle(session, stored, LabelingSettings(), Crew())
     assert label is not None
     assert label.state is state
     assert (label.reason is None) == (state is LabelState.ACCEPTED)

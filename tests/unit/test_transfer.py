@@ -13,10 +13,11 @@ import pytest
 from sqlalchemy import select, text
 from sqlmodel import SQLModel
 
-from labeling.agreement import settle
+from labeling.crew import Crew
 from labeling.database import Database, now
 from labeling.feedback import fold
 from labeling.settings import LabelingSettings, MetricSettings
+from labeling.settling import settle
 from labeling.tables import (
     Annotation,
     Exchange,
@@ -203,7 +204,7 @@ async def _filled(database: Database) -> None:
         session.add(Night(project=PROJECT, date=now().date(), due_at=now(), state=NightState.PROMOTED))
         session.add(Promotion(project=PROJECT, from_adapter="a", to_adapter="b", by="x", why=""))
     async with database.write() as session:
-        await settle(session, await session.get_one(ReviewItem, item.id), 1)
+        await settle(session, await session.get_one(ReviewItem, item.id), LabelingSettings(), Crew())
 
 
 async def test_what_went_out_comes_back_the_same(database: Database, admin: httpx.AsyncClient) -> None:
