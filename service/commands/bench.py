@@ -16,6 +16,7 @@ from service.bench.figure import Figure, Say
 # name -> module of service.bench; each has `run(say) -> list[Figure]`.
 BENCHES: dict[str, str] = {
     "dedup": "dedup",
+    "gateway": "gateway",
     "ingest": "ingest",
     "labelling": "labelling",
     "queue": "queue",
