@@ -132,7 +132,7 @@ async def drive(load: Load) -> Seen:
     async def connect() -> Connection:
         async with asyncio.timeout(CONNECT_SECONDS):
             _, protocol = await loop.create_connection(
-                lambda: Connection(request, seen, until), target.hostname, target.port
+                lambda: Connection(request, seen, until), target.hostname or "", target.port or 80
             )
         return protocol
 
