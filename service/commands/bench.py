@@ -16,6 +16,7 @@ from service.bench.figure import Figure, Say
 # name -> module of service.bench; each has `run(say) -> list[Figure]`.
 BENCHES: dict[str, str] = {
     "dedup": "dedup",
+    "gateway": "gateway",
     "ingest": "ingest",
     "labelling": "labelling",
     "queue": "queue",
@@ -39,7 +40,8 @@ def run(name: str, *, as_json: bool) -> None:
     table = Table("figure", "value", "bar", "met", "what was seen")
     for figure in figures:
         row = figure.as_json()
-        table.add_row(row["figure"], f"{row['value']:g}", row["bar"], "yes" if row["met"] else "NO", row["detail"])
+        value = "not measured" if row["value"] is None else f"{row['value']:g}"
+        table.add_row(row["figure"], value, row["bar"], "yes" if row["met"] else "NO", row["detail"])
     Console().print(table)
 
 
