@@ -29,7 +29,7 @@ from tests.running import settings_for
 APART = ("loop.trainers.", "loop.lm_eval_child", "loop.vllm_cpu_worker", "service.migrations.")
 BRANCHES = (InvalidInput, NotFound, Conflict, Refused, Unavailable)
 # Where errors of no branch may stand: they end a stage or a command, never a request.
-NOT_HTTP = ("loop.", "service.commands.")
+NOT_HTTP = ("loop.", "service.bench.", "service.commands.")
 UNWANTED = ("torch", "transformers", "vllm", "mlflow", "label_studio_sdk", "peft", "trl", "datasets")
 
 
