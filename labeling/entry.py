@@ -6,7 +6,6 @@ stays stored, its column `entry` says what became of it, and the day's counts ar
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from datetime import date as Date
 from datetime import datetime, time, timedelta
@@ -17,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from labeling.database import now
+from labeling.draws import in_share
 from labeling.settings import EntrySettings, LabelingSettings
 from labeling.tables import EntryCount, Feedback, FeedbackKind, ReviewItem
 
@@ -33,16 +33,6 @@ class Way(StrEnum):
     GOOD_ANSWER = "good answer"
     COMMENT = "comment"
     LEFT_OUT = LEFT_OUT
-
-
-def in_share(seed: str, share: float) -> bool:
-    """The same for the same seed, for ever: `share` of all seeds."""
-    return drawn(seed) < share
-
-
-def drawn(seed: str) -> float:
-    """0 <= x < 1, evenly spread, from the seed alone."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) / 2**64
 
 
 def way(feedback: Feedback, settings: LabelingSettings) -> tuple[Way, str]:

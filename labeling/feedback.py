@@ -25,14 +25,14 @@ from sqlmodel.sql.expression import SelectOfScalar
 
 from labeling import entry
 from labeling.answers import answer_text
-from labeling.database import Database, insert_or_nothing, now
+from labeling.database import Database, insert_or_nothing, now, one_at_a_time
+from labeling.draws import in_share
 from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
-from labeling.queue_lock import one_at_a_time
 from labeling.redaction.redactor import placeholders, redactor
 from labeling.redaction.tally import count_replaced
-from labeling.rescoring import rescore
+from labeling.rescoring import queue_of, rescore
 from labeling.sampling import sample
 from labeling.selection import chosen, place
 from labeling.settings import LabelingSettings
@@ -62,7 +62,7 @@ async def _fold_all(database: Database, project: str, settings: LabelingSettings
     await folding.learn_older(database)
     while True:
         async with database.write() as session:
-            await one_at_a_time(session, database, project)
+            await one_at_a_time(session, queue_of(project))
             if not folded:
                 await link_waiting(session, project)
             waiting = await _unfolded(session, project)
@@ -90,11 +90,10 @@ async def _fold_these(
 ) -> int:
     """How many: another process may have folded some of them meanwhile."""
     cases = await _cases(database, feedback_ids, settings)
-    if folding.on:
-        await folding.read({case.digest: case.messages for case in cases.values()})
+    await folding.read({case.digest: case.messages for case in cases.values()})
     folded = []
     async with database.write() as session:
-        await one_at_a_time(session, database, folding.project)
+        await one_at_a_time(session, queue_of(folding.project))
         for feedback in (await session.execute(_still_unfolded(feedback_ids))).scalars():
             case = cases.get(feedback.id)
             if case is not None and await _fold_one(session, folding, feedback, case, settings):
@@ -142,7 +141,7 @@ def _normal(content: Any) -> str:
 
 
 def is_held_out(seed: str, share: float) -> bool:
-    return entry.in_share(seed, share)
+    return in_share(seed, share)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labeling.answers import FORMS, answer_mistake, answer_text
 from labeling.errors import InvalidInput
+from labeling.json_values import has_nul
 from labeling.tables import FeedbackKind
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -159,15 +160,6 @@ def _messages(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _nul(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """PostgreSQL cannot store the character U+0000 in text."""
     for field, value in raw.items():
-        if _has_nul(value) or "\0" in field:
+        if has_nul(value) or "\0" in field:
             yield field.replace("\0", "\\0"), "contains the character U+0000"
-
-
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any(_has_nul(key) or _has_nul(item) for key, item in value.items())
-    return isinstance(value, list) and any(map(_has_nul, value))

@@ -19,9 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.database import Database, insert_or_nothing
+from labeling.draws import in_share
 from labeling.errors import InvalidInput, NotFound
 from labeling.gold_answers import first_answers
-from labeling.overlap import drawn
 from labeling.settings import GoldSettings, Strict
 from labeling.tables import GoldQuestion, ItemState, ReviewItem, Verdict
 from labeling.wording import same_wording, stands_in
@@ -176,7 +176,7 @@ async def slip_in(
     Each looks like the item that drew it, whose place in the queue it shares. The question asked least comes next.
     """
     beside = settings.share / (1 - settings.share)  # a share of all tasks sent, not of the users' ones
-    drawing = [item for item in items if item.gold_id is None and drawn("gold", item.id, beside)]
+    drawing = [item for item in items if item.gold_id is None and in_share(f"gold:{item.id}", beside)]
     if not drawing:
         return []
     questions = {row.id: row for row in (await session.execute(_live(project))).scalars()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from labeling.overlap import drawn
+from labeling.draws import in_share
 from labeling.tables import ReviewItem, Verdict
 
 SCREEN = """<View style="max-width: 62rem; margin: 0 auto; padding-bottom: 2rem">
@@ -111,7 +111,7 @@ def in_order(item: ReviewItem) -> tuple[str, str] | None:
     if item.other_answer is None:
         return None
     pair = (item.answer, item.other_answer)
-    return pair if drawn("order", item.id, 0.5) else pair[::-1]
+    return pair if in_share(f"order:{item.id}", 0.5) else pair[::-1]
 
 
 def task_data(item: ReviewItem, comments: Sequence[str] = (), users: int = 0) -> dict[str, Any]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
+from labeling.draws import in_share
 from labeling.settings import LabelingSettings, RiskySettings
 from labeling.tables import Feedback, FeedbackKind, ItemMember, ReviewItem
-
-
-def drawn(purpose: str, seed: str, share: float) -> bool:
-    """The same for the same seed, for ever: `share` of all seeds, independently for each purpose."""
-    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 < share
 
 
 async def people_needed(session: AsyncSession, item: ReviewItem, settings: LabelingSettings) -> int:
@@ -23,7 +17,7 @@ async def people_needed(session: AsyncSession, item: ReviewItem, settings: Label
     alone, overlap = settings.annotations_per_item, settings.overlap
     if item.gold_id is not None or overlap.people <= alone:
         return alone
-    if drawn("overlap", item.id, overlap.share) or await _is_risky(session, item, overlap.risky):
+    if in_share(f"overlap:{item.id}", overlap.share) or await _is_risky(session, item, overlap.risky):
         return overlap.people
     return alone
 

@@ -13,10 +13,9 @@ from datetime import datetime
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.database import Database, now
+from labeling.database import Database, now, one_at_a_time
 from labeling.embeddings import embedder
 from labeling.labelled_index import asked_text, labelled_prompts
-from labeling.queue_lock import one_at_a_time
 from labeling.selection import place
 from labeling.settings import LabelingSettings, SelectionSettings
 from labeling.tables import Chosen, ItemState, ReviewItem
@@ -26,6 +25,13 @@ HEAD = 200
 ROWS_PER_TRANSACTION = 100
 COMPARED_WITH = 200  # recent items, among whose scores the lots of the random slice are drawn
 WAITING = (ItemState.OPEN, ItemState.PUSHED, ItemState.DISPUTED)
+
+
+def queue_of(project: str) -> str:
+    """What transactions that change many of its items lock: two folds would count the same feedback twice, and a fold
+    and a rescoring would lock rows in each other's order.
+    """
+    return f"fold:{project}"
 
 
 async def rescore(database: Database, project: str, settings: LabelingSettings) -> int:
@@ -40,7 +46,7 @@ async def rescore(database: Database, project: str, settings: LabelingSettings) 
     for start in range(0, len(due), ROWS_PER_TRANSACTION):
         some = [item.id for item in due[start : start + ROWS_PER_TRANSACTION]]
         async with database.write() as session:
-            await one_at_a_time(session, database, project)
+            await one_at_a_time(session, queue_of(project))
             await _score(session, {item_id: novelty[item_id] for item_id in some}, settings.selection, others)
     return len(due)
 

@@ -9,7 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.database import Database, insert_or_nothing, new_id
-from labeling.entry import SAMPLED, UNLIKELY, in_share
+from labeling.draws import in_share
+from labeling.entry import SAMPLED, UNLIKELY
 from labeling.exchanges import ROWS_PER_STATEMENT
 from labeling.settings import EntrySettings
 from labeling.tables import EntryProgress, Exchange, Feedback, FeedbackKind

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from labeling.entry import drawn, in_share
+from labeling.draws import drawn, in_share
 from labeling.settings import SelectionSettings
 from labeling.tables import Chosen, ReviewItem
 

@@ -221,13 +221,15 @@ async def _why_expired(
 
 async def _withdraw_candidate(clients: Clients, project: ProjectSettings, aliases: Mapping[str, int]) -> None:
     """The alias `candidate` goes when the night of its version was refused or has expired."""
+    if (version := aliases.get("candidate")) is None:
+        return
     async with clients.database.read() as session:
         query = (
             select(Night.id)
             .join(Adapter, col(Adapter.name) == col(Night.candidate))
             .where(
                 col(Adapter.project) == project.name,
-                col(Adapter.version) == aliases.get("candidate"),
+                col(Adapter.version) == version,
                 col(Night.state).in_((NightState.REFUSED, NightState.EXPIRED)),
             )
         )

@@ -16,12 +16,14 @@ from sqlmodel import col, select
 
 from labeling import uncertainty
 from labeling.database import insert_or_nothing, now
+from labeling.draws import in_share
 from labeling.embeddings import embedder
-from labeling.entry import UNLIKELY, in_share
+from labeling.entry import UNLIKELY
 from labeling.errors import InvalidInput, NotFound
 from labeling.sampling import LOW_LOG_PROBABILITY, move_on, next_ids, own_flag
 from labeling.tables import Exchange, ReviewItem
 from loop.clients import Clients
+from loop.examination import BYTES_A_TOKEN
 from loop.serving import get_serving
 from loop.settings import ProjectSettings
 from loop.tables import Night, NightState
@@ -32,7 +34,6 @@ AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 LONGEST_NIGHT = timedelta(days=8)
 TEMPERATURE = 0.8
 ANOTHER_ANSWER = "0"
-BYTES_A_TOKEN = 3
 LONGEST_SAMPLE_TOKENS = 256
 
 
@@ -45,10 +46,8 @@ async def measure(clients: Clients, project: ProjectSettings) -> int:
     if not items:
         return 0
     replica = clients.replicas[0]
-    served, current = (
-        set(await replica.models()),
-        project.served_name((await get_serving(clients, project.name)).current),
-    )
+    served = set(await replica.models())
+    current = project.served_name((await get_serving(clients, project.name)).current)
     measured = 0
     for item in items:
         if await _night_at_work(clients):

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from labeling.database import Database, now
 from labeling.errors import Unavailable
 from labeling.exchanges import record
+from labeling.json_values import is_deeper
 from labeling.tables import Exchange
 from service.metrics import Metrics
 
@@ -24,8 +25,6 @@ BATCH = 200
 WAITING_BYTES = 64 * 1024 * 1024  # long prompts must not fill the memory before the count of exchanges does
 RETRY_SECONDS = 1.0
 MESSAGE_FIELDS = frozenset({"messages", "prompt", "model", "stream", "stream_options"})
-
-DEEPEST = 64  # levels of lists and objects in a request
 
 
 class NotRecordable(Exception):
@@ -133,7 +132,7 @@ class CaptureQueue:
 
 def exchange_of(captured: Captured) -> Exchange:
     request = msgspec.json.decode(captured.request)
-    if _deeper(request, DEEPEST):
+    if is_deeper(request):
         raise NotRecordable
     answer = _streamed(captured.response) if captured.streamed else _whole(msgspec.json.decode(captured.response))
     return Exchange(
@@ -151,15 +150,6 @@ def exchange_of(captured: Captured) -> Exchange:
         latency_ms=captured.latency_ms,
         created_at=captured.created_at - timedelta(milliseconds=captured.latency_ms),  # of the request, not its end
     )
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """JSON nested deeper than that: what is written to the database must be readable again."""
-    if not isinstance(value, dict | list):
-        return False
-    if levels == 0:
-        return True
-    return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
 
 
 def _messages(request: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:

@@ -11,9 +11,10 @@ from sqlmodel import SQLModel
 
 from labeling.errors import InvalidInput
 from labeling.feedback_body import InvalidFeedback, parse
+from labeling.json_values import has_nul, is_deeper
 from service.ingest import feedback_row
 from service.transfer import langfuse, openai_pairs, own_rows, tensorzero
-from service.transfer.reading import DEEPEST, LineRefused, Options, Row, identity_of, name, when
+from service.transfer.reading import LineRefused, Options, Row, identity_of, name, when
 
 
 class UnknownFormat(InvalidInput):
@@ -79,9 +80,9 @@ def rows_of(line: bytes, known: Format | None, options: Options) -> list[SQLMode
         raise LineRefused(f"not JSON: {error}{hint}") from None
     except RecursionError:
         raise LineRefused("nested too deeply") from None
-    if _deeper(found, DEEPEST):
+    if is_deeper(found):
         raise LineRefused("nested too deeply")
-    if _has_nul(found):
+    if has_nul(found):
         raise LineRefused("it contains the character U+0000")
     return [row for item in _items(found) for row in _rows(item, known, options)]
 
@@ -102,20 +103,3 @@ def _rows(item: Any, known: Format | None, options: Options) -> Sequence[SQLMode
         return form.read(item, options)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LineRefused(f"a field is missing or of another kind: {error}") from None
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    if levels == 0:
-        return True
-    return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
-
-
-def _has_nul(value: Any) -> bool:
-    """PostgreSQL cannot store that character in text."""
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any(_has_nul(key) or _has_nul(item) for key, item in value.items())
-    return isinstance(value, list) and any(map(_has_nul, value))

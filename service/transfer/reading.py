@@ -16,7 +16,6 @@ from labeling.reporters import Reporters
 from labeling.tables import Exchange, Feedback, FeedbackKind
 
 Row = dict[str, Any]
-DEEPEST = 64  # levels of lists and objects in a line
 NAME_LENGTH = 256  # of ids and names, as POST /v1/feedback takes them
 
 

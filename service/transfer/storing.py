@@ -17,11 +17,10 @@ from sqlmodel import SQLModel, col, select
 
 from labeling.database import Database, insert_or_nothing, translated
 from labeling.errors import Unavailable
-from labeling.exchanges import link_new, record
+from labeling.exchanges import ROWS_PER_STATEMENT, link_new, record
 from labeling.tables import Exchange, Feedback
 from service.transfer.own_rows import imported_tables, table_of
 
-ROWS_PER_STATEMENT = 200  # below the bound-parameter limits of both databases
 Numbered = tuple[int, SQLModel]  # with its line
 
 
