@@ -89,15 +89,15 @@ class IngestWriter:
     async def submit(self, submission: Submission) -> Answer:
         """The answer, once the rows are on disk."""
         once = submission.once
-        if once is None:
-            return await self._stored(submission)
-        if once.place in self._in_flight:
+        if once is not None and once.place in self._in_flight:
             raise IdempotencyInFlight(f"the first request with Idempotency-Key {once.name!r} is still being answered")
-        self._in_flight.add(once.place)
-        try:
-            return await self._stored(submission)
-        finally:
-            self._in_flight.discard(once.place)
+        settled = self.enqueue(submission)
+        if once is not None:
+            place = once.place
+            self._in_flight.add(place)
+            settled.add_done_callback(lambda _: self._in_flight.discard(place))
+        # Shielded: the key of a sender that hangs up stays in flight until its row is stored or refused.
+        return await asyncio.shield(settled)
 
     async def rehearse(self, rows: Sequence[Feedback]) -> list[bool]:
         """Whether each would be linked by now; nothing is stored."""
@@ -119,10 +119,6 @@ class IngestWriter:
 
     async def drained(self) -> None:
         await self._queue.join()
-
-    async def _stored(self, submission: Submission) -> Answer:
-        # Shielded: a sender that hangs up must not cancel what a commit is about to settle.
-        return await asyncio.shield(self.enqueue(submission))
 
     def enqueue(self, submission: Submission) -> asyncio.Future[Answer]:
         """For the writer's next commit, or IngestFull. `submit` waits for it, too."""

@@ -36,7 +36,7 @@ from labeling.tables import (
     ReviewItem,
     Verdict,
 )
-from service.idempotency import forget_answers
+from service.idempotency import IdempotencyInFlight, Once, forget_answers
 from service.ingest import IngestFull, IngestWriter, Submission, feedback_row
 from service.metrics import Metrics
 from service.tables import IdempotentAnswer
@@ -249,6 +249,28 @@ async def test_one_key_a_hundred_times_at_once(running: Service, client: httpx.A
     assert {answer.status_code for answer in answers} <= {202, 409}
     assert len(set(accepted)) == 1
     assert [row.id for row in await rows(running.database, Feedback)] == accepted[:1]
+
+
+async def test_a_sender_that_hangs_up_keeps_its_key(database: Database) -> None:
+    """Its repeat must not join the same commit as another row: it is told to wait, then gets the first answer."""
+    writer = IngestWriter(database, 10, Metrics())
+
+    def submission() -> Submission:
+        row = Feedback(project=PROJECT, kind=FeedbackKind.FLAG, session_id="s")
+        return Submission([row], Once("key", "name", "digest"))
+
+    first = asyncio.create_task(writer.submit(submission()))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    with pytest.raises(IdempotencyInFlight):
+        await writer.submit(submission())
+    run = asyncio.create_task(writer.run())
+    await writer.drained()
+    answer = await writer.submit(submission())
+    assert [row.id for row in await rows(database, Feedback)] == [answer.body["id"]]
+    run.cancel()
 
 
 async def test_many_at_once_share_commits(running: Service, client: httpx.AsyncClient) -> None:
