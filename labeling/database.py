@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Column, DateTime, Dialect, Enum, event, text
+from sqlalchemy import Column, Connection, DateTime, Dialect, Engine, Enum, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -24,6 +25,8 @@ from sqlalchemy.types import TypeDecorator
 from sqlmodel import SQLModel
 
 from labeling.errors import Unavailable
+
+T = TypeVar("T")
 
 
 class DatabaseUnavailable(Unavailable):
@@ -92,6 +95,9 @@ class Database:
             _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
         )
         self._writer = asyncio.Lock()
+        # For `transact` on SQLite: one thread with one connection.
+        self.writing_engine: Engine | None = _sqlite_writing_engine(url) if self.is_sqlite else None
+        self._thread = ThreadPoolExecutor(1, "database")
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -111,6 +117,25 @@ class Database:
                 await session.execute(text("BEGIN IMMEDIATE"))
                 yield session
 
+    async def transact(self, work: Callable[[Connection], T]) -> T:
+        """One transaction, run in one go: the quick way for a path that every request takes.
+
+        On SQLite it is one visit to one thread. Each statement of a session is a visit, and under load each visit waits
+        for the event loop to let go of the interpreter. A caller that is cancelled still waits for the commit.
+        """
+        with translated():
+            if self.writing_engine is None:
+                async with self.engine.begin() as connection:
+                    return await connection.run_sync(work)
+            async with self._writer:
+                loop = asyncio.get_running_loop()
+                done = loop.run_in_executor(self._thread, _transacted, self.writing_engine, work)
+                try:
+                    return await asyncio.shield(done)
+                except asyncio.CancelledError:
+                    await asyncio.wait((done,))
+                    raise
+
     async def create_tables(self) -> None:
         """The current schema without migrations: for tests and throw-away databases."""
         async with self.engine.begin() as connection:
@@ -118,6 +143,9 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+        if self.writing_engine is not None:
+            self.writing_engine.dispose()
+        self._thread.shutdown(wait=False)
 
 
 # PostgreSQL's classes for a server that is down, full, starting or read-only, and for transactions that lost.
@@ -152,8 +180,26 @@ def _state(error: BaseException) -> str:
 
 def _sqlite_engine(url: str) -> AsyncEngine:
     engine = create_async_engine(url, connect_args={"timeout": 10}, pool_size=8, max_overflow=8)
+    _prepare_connections(engine.sync_engine)
+    return engine
 
-    @event.listens_for(engine.sync_engine, "connect")
+
+def _sqlite_writing_engine(url: str) -> Engine:
+    engine = create_engine(url.replace("+aiosqlite", "+pysqlite", 1), connect_args={"timeout": 10}, pool_size=1)
+    _prepare_connections(engine)
+    return engine
+
+
+def _transacted(engine: Engine, work: Callable[[Connection], T]) -> T:
+    with engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        done = work(connection)
+        connection.commit()
+        return done
+
+
+def _prepare_connections(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: object) -> None:
         # Transactions are opened by us (BEGIN IMMEDIATE above), not by the driver's own guess.
         connection.isolation_level = None
@@ -161,5 +207,3 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
-
-    return engine

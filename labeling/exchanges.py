@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Select, update
+from sqlalchemy import ColumnElement, Connection, Select, update
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -15,7 +16,15 @@ from labeling.tables import Exchange, Feedback
 
 ROWS_PER_STATEMENT = 200  # below the bound-parameter limits of both databases
 VALUES_PER_STATEMENT = 500
-R = TypeVar("R", Exchange, Feedback)
+
+
+class Linkable(Protocol):
+    """A feedback that is not stored yet."""
+
+    project: str
+    completion_id: str | None
+    request_id: str | None
+    exchange_id: str | None
 
 
 async def record(session: AsyncSession, rows: Sequence[Exchange]) -> int:
@@ -44,13 +53,18 @@ async def link_waiting(session: AsyncSession, project: str) -> None:
     await _link(session, _of_session(), unfolded)
 
 
-async def link_new(session: AsyncSession, rows: Sequence[Feedback]) -> None:
+async def link_new(session: AsyncSession, rows: Sequence[Linkable]) -> None:
+    """`link`, in a session's transaction."""
+    await (await session.connection()).run_sync(link, rows)
+
+
+def link(connection: Connection, rows: Sequence[Linkable]) -> None:
     """Sets `exchange_id` on feedback that is not stored yet, where its exchange is."""
     for project, theirs in _by_project(rows).items():
         completions = {row.completion_id for row in theirs if row.completion_id}
         requests = {row.request_id for row in theirs if row.request_id and not row.completion_id}
-        by_completion = await _ids(session, project, col(Exchange.completion_id), sorted(completions))
-        by_request = await _ids(session, project, col(Exchange.request_id), sorted(requests))
+        by_completion = _ids(connection, project, col(Exchange.completion_id), sorted(completions))
+        by_request = _ids(connection, project, col(Exchange.request_id), sorted(requests))
         for row in theirs:
             if row.completion_id:
                 row.exchange_id = by_completion.get(row.completion_id)
@@ -64,6 +78,13 @@ async def knows_session(session: AsyncSession, project: str, session_id: str) ->
     return (await session.execute(known.limit(1))).first() is not None
 
 
+class _OfProject(Protocol):
+    project: str
+
+
+R = TypeVar("R", bound=_OfProject)
+
+
 def _by_project(rows: Sequence[R]) -> dict[str, list[R]]:
     found: dict[str, list[R]] = {}
     for row in rows:
@@ -71,13 +92,15 @@ def _by_project(rows: Sequence[R]) -> dict[str, list[R]]:
     return found
 
 
-async def _ids(session: AsyncSession, project: str, column: Any, values: list[str]) -> dict[str, str]:
+def _ids(connection: Connection, project: str, column: Any, values: list[str]) -> dict[str, str]:
     """value -> exchange; the newest where a client used its request id more than once."""
     found: dict[str, str] = {}
     for start in range(0, len(values), VALUES_PER_STATEMENT):
         some = column.in_(values[start : start + VALUES_PER_STATEMENT])
         named = select(column, col(Exchange.id)).where(col(Exchange.project) == project, some)
-        found.update((await session.execute(named.order_by(col(Exchange.created_at)))).all())
+        found.update(
+            (value, exchange) for value, exchange in connection.execute(named.order_by(col(Exchange.created_at)))
+        )
     return found
 
 

@@ -10,12 +10,12 @@ from litestar import Request
 
 from labeling.errors import InvalidInput, NightschoolError
 from labeling.feedback_body import FeedbackBody, InvalidFeedback
+from labeling.new_feedback import NewFeedback, new_feedback
 from labeling.reporters import Reporters
-from labeling.tables import Feedback
 from service.auth import Caller, KeyRing, Scope
 from service.feedback_form import Line, TooManyRows, decompressed
 from service.idempotency import Answer, Once
-from service.ingest import IngestWriter, Submission, accepted, feedback_row, receipt
+from service.ingest import IngestWriter, Submission, accepted, receipt
 from service.problems import problem_of
 
 MISTAKES_TOLD = 1_000  # of one request: its answer must not be a thousand times its question
@@ -60,7 +60,7 @@ class FeedbackDesk:
     async def take(self, sent: Sent, body: FeedbackBody) -> Answer:
         return await self.store(sent, self.row(sent, body))
 
-    async def store(self, sent: Sent, row: Feedback) -> Answer:
+    async def store(self, sent: Sent, row: NewFeedback) -> Answer:
         return await self.ingest.submit(Submission([row], sent.once, len(sent.raw), accepted))
 
     async def rehearse(self, sent: Sent, body: FeedbackBody) -> Answer:
@@ -72,7 +72,7 @@ class FeedbackDesk:
         """Each line for itself: those without a mistake are stored, together, whatever the others are."""
         rows, results = self._checked(sent, lines)
 
-        def answer(linked: Sequence[Feedback]) -> Answer:
+        def answer(linked: Sequence[NewFeedback]) -> Answer:
             return _of_many(results, [receipt(row) for row in linked])
 
         return await self.ingest.submit(Submission(rows, sent.once, len(sent.raw), answer))
@@ -83,9 +83,9 @@ class FeedbackDesk:
         told = _of_many(results, [{"linked": one} for one in linked])
         return Answer(200, {"dry_run": True, **told.body})
 
-    def row(self, sent: Sent, body: FeedbackBody) -> Feedback:
+    def row(self, sent: Sent, body: FeedbackBody) -> NewFeedback:
         project = self.project_of(sent.caller, body.project)
-        return feedback_row(body, project, sent.caller.key_id, self.reporters)
+        return new_feedback(body, project, sent.caller.key_id, self.reporters)
 
     def project_of(self, caller: Caller, named: str | None) -> str:
         """The key's; else the body's; else the only one there is."""
@@ -103,9 +103,9 @@ class FeedbackDesk:
             raise InvalidFeedback([{"field": "project", "message": message}])
         return project
 
-    def _checked(self, sent: Sent, lines: Sequence[Line]) -> tuple[list[Feedback], list[dict[str, Any]]]:
+    def _checked(self, sent: Sent, lines: Sequence[Line]) -> tuple[list[NewFeedback], list[dict[str, Any]]]:
         """The rows, and a result for each line: a number alone where its row is still to be stored."""
-        rows: list[Feedback] = []
+        rows: list[NewFeedback] = []
         results: list[dict[str, Any]] = []
         told = 0
         for line in lines:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import Connection, delete
 from sqlmodel import col, select
 
 from labeling.bulk import BulkInsert
@@ -50,6 +49,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """The columns of IdempotentAnswer, in their order."""
+
+    key_id: str
+    idempotency_key: str
+    body_digest: str
+    status: int
+    answer: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
 class Once:
     """An Idempotency-Key of an API key, and what it was first used for."""
 
@@ -72,7 +83,7 @@ class Once:
             )
         return cls(key_id, name, hashlib.sha256(form.encode() + b"\n" + body).hexdigest())
 
-    def repeat(self, known: IdempotentAnswer) -> Answer | IdempotencyMismatch:
+    def repeat(self, known: Remembered) -> Answer | IdempotencyMismatch:
         if known.body_digest != self.body_digest:
             return IdempotencyMismatch(f"Idempotency-Key {self.name!r} was used for another body")
         return Answer(known.status, known.answer)
@@ -81,30 +92,27 @@ class Once:
 _insert = BulkInsert(IdempotentAnswer, returning=("key_id", "idempotency_key"))
 
 
-async def claim(session: AsyncSession, answers: Sequence[tuple[Once, Answer]]) -> dict[Place, IdempotentAnswer]:
+def claim(connection: Connection, answers: Sequence[tuple[Once, Answer]]) -> dict[Place, Remembered]:
     """Remembers these answers; returns those that were remembered before, whose requests must store nothing.
 
     Another process that uses the same key waits here, on the unique key, until this transaction ends.
     """
+    moment = now()
     claims = [
-        IdempotentAnswer(
-            key_id=once.key_id,
-            idempotency_key=once.name,
-            body_digest=once.body_digest,
-            status=answer.status,
-            answer=answer.body,
-        )
+        Remembered(once.key_id, once.name, once.body_digest, answer.status, answer.body, moment)
         for once, answer in answers
     ]
-    won = set(await _insert(session, claims))
+    won = set(_insert(connection, claims))
     lost = {once.place for once, _ in answers} - won
     if not lost:
         return {}
     keys = {key_id for key_id, _ in lost}
     names = {name for _, name in lost}
     table = IdempotentAnswer
-    known = select(table).where(col(table.key_id).in_(sorted(keys)), col(table.idempotency_key).in_(sorted(names)))
-    found = {(row.key_id, row.idempotency_key): row for row in (await session.execute(known)).scalars()}
+    known = select(*table.__table__.columns).where(  # type: ignore[attr-defined]  # every table=True model has one
+        col(table.key_id).in_(sorted(keys)), col(table.idempotency_key).in_(sorted(names))
+    )
+    found = {(row.key_id, row.idempotency_key): Remembered(*row) for row in connection.execute(known)}
     return {place: found[place] for place in lost}
 
 

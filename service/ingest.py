@@ -5,20 +5,22 @@ and only then is each sender answered.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from labeling.answers import answer_text
 from labeling.bulk import BulkInsert
 from labeling.database import Database, TransactionLost
 from labeling.errors import InvalidInput, NightschoolError, Unavailable
-from labeling.exchanges import knows_session, link_new
+from labeling.exchanges import knows_session, link, link_new
 from labeling.feedback_body import FeedbackBody
+from labeling.new_feedback import NewFeedback, new_feedback
 from labeling.reporters import Reporters
 from labeling.tables import Feedback
 from service.idempotency import Answer, IdempotencyInFlight, Once, Place, claim
@@ -45,11 +47,11 @@ class Unstorable(InvalidInput):
     default_hint = "The database refuses a value in it; send plain text of ordinary length."
 
 
-def receipt(row: Feedback) -> dict[str, Any]:
+def receipt(row: NewFeedback) -> dict[str, Any]:
     return {"id": row.id, "linked": row.exchange_id is not None}
 
 
-def accepted(rows: Sequence[Feedback]) -> Answer:
+def accepted(rows: Sequence[NewFeedback]) -> Answer:
     """To a request with one feedback."""
     return Answer(202, receipt(rows[0]))
 
@@ -58,10 +60,10 @@ def accepted(rows: Sequence[Feedback]) -> Answer:
 class Submission:
     """The feedback of one request: stored together or not at all. `answer` is called once links are known."""
 
-    rows: Sequence[Feedback]
+    rows: Sequence[NewFeedback]
     once: Once | None = None
     size: int = 0  # bytes of its body
-    answer: Callable[[Sequence[Feedback]], Answer] = accepted
+    answer: Callable[[Sequence[NewFeedback]], Answer] = accepted
 
 
 Settled = Answer | NightschoolError
@@ -99,7 +101,7 @@ class IngestWriter:
         # Shielded: the key of a sender that hangs up stays in flight until its row is stored or refused.
         return await asyncio.shield(settled)
 
-    async def rehearse(self, rows: Sequence[Feedback]) -> list[bool]:
+    async def rehearse(self, rows: Sequence[NewFeedback]) -> list[bool]:
         """Whether each would be linked by now; nothing is stored."""
         async with self._database.read() as session:
             await link_new(session, rows)
@@ -142,11 +144,11 @@ class IngestWriter:
         return batch
 
     async def _write(self, batch: list[_Entry]) -> None:
+        settling = asyncio.ensure_future(self._settle(batch))
         try:
-            await self._settle(batch)
+            await asyncio.shield(settling)
         except asyncio.CancelledError:
-            for entry in batch:
-                _fail(entry, IngestClosing("the service is stopping"))
+            await asyncio.wait((settling,))  # what is being committed is answered as it ends
             raise
         except Exception as error:
             log.error("feedback_not_committed", requests=len(batch), exc_info=error)
@@ -180,7 +182,7 @@ class IngestWriter:
     def _refused(self, error: NightschoolError, batch: list[Submission]) -> None:
         self._metrics.feedback_refused.labels(error.code).inc(sum(len(one.rows) for one in batch))
 
-    async def _commit_again(self, batch: list[Submission]) -> list[Settled]:
+    async def _commit_again(self, batch: list[Submission]) -> Sequence[Settled]:
         for _ in range(TRIES - 1):
             try:
                 return await self._commit(batch)
@@ -188,26 +190,30 @@ class IngestWriter:
                 log.info("feedback_commit_repeated", error=str(error))
         return await self._commit(batch)
 
-    async def _commit(self, batch: list[Submission]) -> list[Settled]:
-        """One transaction; an Idempotency-Key that was used before is answered as then and adds no row."""
-        async with self._database.write() as session:
-            await link_new(session, [row for one in batch for row in one.rows])
-            answers = [one.answer(one.rows) for one in batch]
-            named = [(one.once, answer) for one, answer in zip(batch, answers, strict=True) if one.once]
-            earlier = await claim(session, named) if named else {}
-            fresh = [one for one in batch if one.once is None or one.once.place not in earlier]
-            rows = [row for one in fresh for row in one.rows]
-            await self._insert(session, rows)
+    async def _commit(self, batch: list[Submission]) -> Sequence[Settled]:
+        settled, fresh = await self._database.transact(lambda connection: self._written(connection, batch))
+        rows = [row for one in fresh for row in one.rows]
         self._metrics.commits.observe(len(rows))
-        for row in rows:
-            self._metrics.feedback.labels(row.project, row.kind.value).inc()
-        return [
+        for (project, kind), count in Counter((row.project, row.kind.value) for row in rows).items():
+            self._metrics.feedback.labels(project, kind).inc(count)
+        return settled
+
+    def _written(self, connection: Connection, batch: list[Submission]) -> tuple[Sequence[Settled], list[Submission]]:
+        """An Idempotency-Key that was used before is answered as then and adds no row. Also which were stored."""
+        link(connection, [row for one in batch for row in one.rows])
+        answers = [one.answer(one.rows) for one in batch]
+        named = [(one.once, answer) for one, answer in zip(batch, answers, strict=True) if one.once]
+        earlier = claim(connection, named) if named else {}
+        fresh = [one for one in batch if one.once is None or one.once.place not in earlier]
+        self._insert(connection, [row for one in fresh for row in one.rows])
+        settled = [
             one.once.repeat(earlier[one.once.place]) if one.once and one.once.place in earlier else answer
             for one, answer in zip(batch, answers, strict=True)
         ]
+        return settled, fresh
 
 
-async def _of_known_session(session: AsyncSession, row: Feedback) -> bool:
+async def _of_known_session(session: AsyncSession, row: NewFeedback) -> bool:
     named = row.completion_id is None and row.request_id is None and row.session_id is not None
     return named and await knows_session(session, row.project, str(row.session_id))
 
@@ -226,20 +232,5 @@ def _fail(entry: _Entry, error: Exception) -> None:
 
 
 def feedback_row(body: FeedbackBody, project: str, key_id: str, reporters: Reporters) -> Feedback:
-    return Feedback(
-        project=project,
-        kind=body.kind,
-        completion_id=body.exchange_id,
-        request_id=body.request_id,
-        session_id=body.session_id,
-        choice=body.choice,
-        value=body.value,
-        reasons=body.reasons,
-        severity=body.severity,
-        comment=body.comment,
-        reporter=reporters.pseudonym(project, body.reporter),
-        tags=body.tags,
-        messages=body.messages,
-        answer=None if body.answer is None else answer_text(body.answer),
-        key_id=key_id,
-    )
+    """For those who need a row of the ORM."""
+    return Feedback(**vars(new_feedback(body, project, key_id, reporters)))

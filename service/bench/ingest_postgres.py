@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import asyncpg
 from sqlmodel import col, select
 
 from labeling.bulk import BulkInsert
 from labeling.database import Database
+from labeling.new_feedback import NewFeedback
 from labeling.tables import Feedback, FeedbackKind
 from service import migrations, servers
 from service.bench import postgres
@@ -109,13 +111,12 @@ async def _batch(database: Database) -> float:
     batches = [[_row() for _ in range(BATCH)] for _ in range(BATCHES)]
     started = time.perf_counter()
     for batch in batches:
-        async with database.write() as session:
-            await insert(session, batch)
+        await database.transact(partial(insert, rows=batch))
     return BATCH * BATCHES / (time.perf_counter() - started)
 
 
-def _row() -> Feedback:
-    return Feedback(
+def _row() -> NewFeedback:
+    return NewFeedback(
         project=PROJECT,
         kind=FeedbackKind.FLAG,
         completion_id="chatcmpl-0",

@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from labeling.database import Database
-from service import installation
+from service import installation, logging
 from service.app import AppState, assemble, create_app
 from service.auth import create_key
 from service.idempotency import Answer
@@ -85,4 +85,5 @@ async def serve(mode: Mode, url: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.configure(json=True)
     asyncio.run(serve(Mode(sys.argv[1]), sys.argv[2]))

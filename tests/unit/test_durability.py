@@ -125,6 +125,7 @@ async def test_a_database_in_trouble_acknowledges_nothing(tmp_path: Path, troubl
     database, over = Database(url), {"over": True}
 
     @event.listens_for(database.engine.sync_engine, "checkout")
+    @event.listens_for(database.writing_engine, "checkout")
     def limit(connection: Any, *_: Any) -> None:
         connection.execute("PRAGMA busy_timeout=50")
         trouble(connection, over["over"])

@@ -20,6 +20,7 @@ from labeling.exchanges import record
 from labeling.feedback import fold, is_held_out, prompt_digest
 from labeling.feedback_body import InvalidFeedback, parse
 from labeling.labeling_screen import task_data
+from labeling.new_feedback import NewFeedback
 from labeling.new_tasks import shown_comments
 from labeling.reporters import Reporters
 from labeling.selection import Signals, factors
@@ -289,10 +290,13 @@ async def test_many_at_once_share_commits(running: Service, client: httpx.AsyncC
 async def test_full_queue_answers_at_once(database: Database) -> None:
     """Beyond the limit nobody waits: refused, to be sent again."""
     writer = IngestWriter(database, 2, Metrics())
-    waiting = [asyncio.create_task(writer.submit(Submission([feedback(session_id="s")]))) for _ in range(2)]
+    waiting = [
+        asyncio.create_task(writer.submit(Submission([NewFeedback(PROJECT, FeedbackKind.FLAG, session_id="s")])))
+        for _ in range(2)
+    ]
     await asyncio.sleep(0)
     with pytest.raises(IngestFull):
-        await writer.submit(Submission([feedback(session_id="s")]))
+        await writer.submit(Submission([NewFeedback(PROJECT, FeedbackKind.FLAG, session_id="s")]))
     run = asyncio.create_task(writer.run())
     assert len(await asyncio.gather(*waiting)) == 2
     run.cancel()
