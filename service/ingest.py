@@ -5,6 +5,7 @@ and only then is each sender answered.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 BATCH = 256  # rows of one commit, where no single request brings more
+QUIET_TURNS = 3  # of the event loop: a request takes so many from its bytes to the queue
+GATHER_SECONDS = 0.01
 WAITING_BYTES = 64 * 1024 * 1024  # long bodies must not fill the memory before the count of rows does
 TRIES = 3  # of a transaction that PostgreSQL gave up in favour of another
 
@@ -136,11 +139,21 @@ class IngestWriter:
         return entry.done
 
     async def _take(self) -> list[_Entry]:
+        """What waits, and what the event loop is reading already: those would only wait for the next commit.
+
+        Alone, a request is held up by a few turns of an idle loop; under load by GATHER_SECONDS at most.
+        """
         batch = [await self._queue.get()]
-        rows = len(batch[0].submission.rows)
-        while rows < self._batch and not self._queue.empty():
-            batch.append(self._queue.get_nowait())
-            rows += len(batch[-1].submission.rows)
+        rows, quiet = len(batch[0].submission.rows), 0
+        ends = time.monotonic() + GATHER_SECONDS
+        while rows < self._batch and quiet < QUIET_TURNS:
+            quiet = quiet + 1 if self._queue.empty() else 0
+            while rows < self._batch and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+                rows += len(batch[-1].submission.rows)
+            if time.monotonic() > ends:
+                break
+            await asyncio.sleep(0)
         return batch
 
     async def _write(self, batch: list[_Entry]) -> None:
