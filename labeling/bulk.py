@@ -7,10 +7,12 @@ same time wait for each other and never in a circle. On PostgreSQL one `INSERT .
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Table
+import msgspec
+from sqlalchemy import JSON, Column, Connection, Dialect, Table
 from sqlmodel import SQLModel
 
 MOST_PARAMETERS = 30_000  # SQLite's limit is 32,766
@@ -18,56 +20,85 @@ ROWS_AT_ONCE = 5_000  # bounds what PostgreSQL gets in one message
 Bind = Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A column that is filled: its name, its type in SQL, and what prepares a value for the driver."""
+
+    name: str
+    kind: str
+    bind: Bind | None
+
+
 class BulkInsert:
     """Gives `returning`'s columns of the rows that were new; empty where none are asked for.
 
-    A row is any object with attributes named as columns; a column that it lacks gets the model's default.
+    Rows are objects of one class with attributes named as columns; columns that it lacks get the model's default.
     """
 
     def __init__(self, model: type[SQLModel], returning: Sequence[str] = ()) -> None:
         self.table: Table = model.__table__  # type: ignore[attr-defined]  # every table=True model has one
-        self._names = [column.name for column in self.table.columns]
         self._defaults = {name: field.default for name, field in model.model_fields.items()}
         self._key = attrgetter(*(column.name for column in self.table.primary_key))
         self._returning = f" RETURNING {', '.join(returning)}" if returning else ""
-        self._binds: dict[str, list[Bind | None]] = {}
+        self._plans: dict[tuple[str, type], list[_Place]] = {}
 
     def __call__(self, connection: Connection, rows: Sequence[object]) -> list[tuple[Any, ...]]:
-        dialect = connection.dialect
-        values = list(self.values(sorted(rows, key=self._key), dialect))
+        if not rows:
+            return []
+        places = self.places(rows[0], connection.dialect)
+        values = list(self.values(sorted(rows, key=self._key), places))
         found: list[tuple[Any, ...]] = []
-        statements = self._unnested if dialect.name == "postgresql" else self._listed
-        for statement, parameters in statements(values, dialect):
+        statements = self._unnested if connection.dialect.name == "postgresql" else self._listed
+        for statement, parameters in statements(values, places):
             result = connection.exec_driver_sql(statement, parameters)
             found += map(tuple, result.all()) if self._returning else ()
         return found
 
-    def values(self, rows: Sequence[object], dialect: Dialect) -> Iterator[tuple[Any, ...]]:
-        """As the driver takes them: each column's own type prepares its value."""
-        if dialect.name not in self._binds:
-            types = [column.type.dialect_impl(dialect) for column in self.table.columns]
-            self._binds[dialect.name] = [kind.bind_processor(dialect) for kind in types]
-        columns = list(zip(self._names, self._binds[dialect.name], strict=True))
+    def places(self, row: object, dialect: Dialect) -> list[_Place]:
+        """The columns to fill from rows of this class."""
+        known = (dialect.name, type(row))
+        if known not in self._plans:
+            given = [c for c in self.table.columns if c.name in vars(row) or self._defaults[c.name] is not None]
+            self._plans[known] = [_place(column, dialect) for column in given]
+        return self._plans[known]
+
+    def values(self, rows: Sequence[object], places: Sequence[_Place]) -> Iterator[tuple[Any, ...]]:
+        """As the driver takes them."""
+        columns = [(place.name, place.bind) for place in places]
         for row in rows:
-            held = {**self._defaults, **row.__dict__}
+            held = {**self._defaults, **vars(row)}
             yield tuple(bind(held[name]) if bind else held[name] for name, bind in columns)
 
-    def statement(self, source: str) -> str:
-        names = ", ".join(f'"{name}"' for name in self._names)
+    def statement(self, places: Sequence[_Place], source: str) -> str:
+        names = ", ".join(f'"{place.name}"' for place in places)
         return f'INSERT INTO "{self.table.name}" ({names}) {source} ON CONFLICT DO NOTHING{self._returning}'
 
-    def _listed(self, values: list[tuple[Any, ...]], _: Dialect) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def _listed(self, values: list[tuple[Any, ...]], places: Sequence[_Place]) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """One statement for all: between two, the thread would wait for the interpreter's lock."""
-        one = f"({', '.join('?' * len(self._names))})"
-        step = MOST_PARAMETERS // len(self._names)
+        one = f"({', '.join('?' * len(places))})"
+        step = MOST_PARAMETERS // len(places)
         for start in range(0, len(values), step):
             part = values[start : start + step]
-            statement = self.statement(f"VALUES {', '.join([one] * len(part))}")
+            statement = self.statement(places, f"VALUES {', '.join([one] * len(part))}")
             yield statement, tuple(item for row in part for item in row)
 
-    def _unnested(self, values: list[tuple[Any, ...]], dialect: Dialect) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        kinds = [column.type.compile(dialect) for column in self.table.columns]
-        arrays = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(kinds, 1))
-        statement = self.statement(f"SELECT * FROM unnest({arrays})")  # noqa: S608 - names of our own table
+    def _unnested(
+        self, values: list[tuple[Any, ...]], places: Sequence[_Place]
+    ) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        arrays = ", ".join(f"${number}::{place.kind}[]" for number, place in enumerate(places, 1))
+        statement = self.statement(places, f"SELECT * FROM unnest({arrays})")  # noqa: S608 - names of our own table
         for start in range(0, len(values), ROWS_AT_ONCE):
             yield statement, tuple(map(list, zip(*values[start : start + ROWS_AT_ONCE], strict=True)))
+
+
+def _place(column: Column[Any], dialect: Dialect) -> _Place:
+    """Each column's own type prepares its value; JSON is spelled by the quicker encoder."""
+    if isinstance(column.type, JSON):
+        bind: Bind | None = _as_json
+    else:
+        bind = column.type.dialect_impl(dialect).bind_processor(dialect)
+    return _Place(column.name, column.type.compile(dialect), bind)
+
+
+def _as_json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

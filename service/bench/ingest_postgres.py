@@ -94,9 +94,11 @@ async def _batches(url: str, say: Say) -> Figure:
 
 async def _singles(connection: asyncpg.Connection, database: Database) -> float:
     bulk = BulkInsert(Feedback)
-    places = ", ".join(f"${number}" for number in range(1, len(bulk.table.columns) + 1))
-    insert = await connection.prepare(bulk.statement(f"VALUES ({places})"))
-    rows = bulk.values([_row() for _ in range(20_000)], database.engine.dialect)
+    made = [_row() for _ in range(20_000)]
+    places = bulk.places(made[0], database.engine.dialect)
+    numbered = ", ".join(f"${number}" for number in range(1, len(places) + 1))
+    insert = await connection.prepare(bulk.statement(places, f"VALUES ({numbered})"))
+    rows = bulk.values(made, places)
     started, count = time.perf_counter(), 0
     for values in rows:
         await insert.fetch(*values)
