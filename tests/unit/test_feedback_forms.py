@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import logging
+import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, event, text
 
 from labeling.answers import answer_text
+from labeling.bulk import BulkInsert
 from labeling.database import Database
 from labeling.exchanges import record
 from labeling.feedback import fold
 from labeling.feedback_body import parse
+from labeling.new_feedback import NewFeedback
 from labeling.reporters import Reporters
 from labeling.settings import LabelingSettings
-from labeling.tables import Exchange, Feedback, ReporterSalt, ReviewItem
+from labeling.tables import Exchange, Feedback, FeedbackKind, ReporterSalt, ReviewItem
 from service.capture import Captured, exchange_of
+from service.feedback_form import decompressed
+from service.problems import BodyTooLarge
 from service.tables import IdempotentAnswer
 from tests.running import PROJECT, Service, count, rows, service, settings_for
 
@@ -273,3 +279,39 @@ async def test_the_schema_shows_the_forms(client: httpx.AsyncClient) -> None:
     assert "stars" in one["properties"]["value"]["description"]
     assert "application/x-ndjson" in operation["requestBody"]["content"]
     assert {p["name"] for p in operation["parameters"]} == {"dry_run", "Idempotency-Key"}
+
+
+def test_new_feedback_has_the_columns_of_its_table() -> None:
+    """Each of its fields is one; what it lacks has a plain default in the table's model."""
+    fields = {field.name for field in dataclasses.fields(NewFeedback)}
+    columns = Feedback.model_fields
+    assert fields <= set(columns)
+    assert all(
+        not columns[name].is_required() and columns[name].default_factory is None for name in set(columns) - fields
+    )
+
+
+def test_a_gzip_bomb_is_not_unpacked() -> None:
+    """Refused before its 100 MB are in memory."""
+    bomb = gzip.compress(b" " * 100_000_000)
+    tracemalloc.start()
+    with pytest.raises(BodyTooLarge):
+        decompressed(bomb, "gzip", 10_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+async def test_rows_are_inserted_in_the_order_of_their_keys(database: Database) -> None:
+    """Two processes that lock the same keys in different orders would end each other on PostgreSQL."""
+    rows_given = [NewFeedback(PROJECT, FeedbackKind.FLAG, id=f"fb_{n}") for n in (3, 1, 2)]
+    seen: list[Any] = []
+
+    def work(connection: Connection) -> None:
+        event.listen(connection, "before_cursor_execute", lambda *said: seen.append(said[3]))
+        BulkInsert(Feedback)(connection, rows_given)
+
+    await database.transact(work)
+    flat = [value for given in seen[0] for value in (given if isinstance(given, list) else [given])]
+    assert [value for value in flat if str(value).startswith("fb_")] == ["fb_1", "fb_2", "fb_3"]
+    assert await count(database, Feedback) == 3
