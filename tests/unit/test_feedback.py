@@ -257,8 +257,7 @@ async def test_a_sender_that_hangs_up_keeps_its_key(database: Database) -> None:
     writer = IngestWriter(database, 10, Metrics())
 
     def submission() -> Submission:
-        row = Feedback(project=PROJECT, kind=FeedbackKind.FLAG, session_id="s")
-        return Submission([row], Once("key", "name", "digest"))
+        return Submission([NewFeedback(PROJECT, FeedbackKind.FLAG, session_id="s")], Once("key", "name", "digest"))
 
     first = asyncio.create_task(writer.submit(submission()))
     await asyncio.sleep(0)
