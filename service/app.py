@@ -132,7 +132,6 @@ async def _data_plane(state: AppState, replicas: Replicas, _: Litestar) -> Async
     await state.keys.load(state.database)
     await state.aliases.load(state.database)
     await state.reporters.load(state.database, state.aliases.projects)
-    await replicas.open()
     jobs: list[Coroutine[Any, Any, None]] = [
         state.ingest.run(),
         state.capture.run(state.database),

@@ -13,9 +13,9 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from labeling.database import Database, now
+from labeling.database import Database, new_id, now
 from labeling.errors import Unavailable
-from labeling.exchanges import record
+from labeling.exchanges import record_values
 from labeling.json_values import is_deeper
 from labeling.tables import Exchange
 from service.metrics import Metrics
@@ -26,6 +26,7 @@ WAITING_BYTES = 64 * 1024 * 1024  # long prompts must not fill the memory before
 RETRY_SECONDS = 1.0
 MESSAGE_FIELDS = frozenset({"messages", "prompt", "model", "stream", "stream_options"})
 
+Values = dict[str, Any]  # of one exchange, by column
 
 class NotRecordable(Exception):
     """An exchange without one readable prompt: several prompts at once, token ids, or JSON nested too deeply."""
@@ -63,7 +64,7 @@ class CaptureQueue:
     def offer(self, captured: Captured) -> None:
         """Takes it, or drops and counts it."""
         if self._queue.full() or self._bytes + captured.size > WAITING_BYTES:
-            self._drop("queue_full")
+            self.drop("queue_full")
             return
         self._queue.put_nowait(captured)
         self._bytes += captured.size
@@ -91,35 +92,35 @@ class CaptureQueue:
         self._bytes -= sum(captured.size for captured in batch)
         return batch
 
-    def _rows(self, batch: list[Captured]) -> Iterator[Exchange]:
+    def _rows(self, batch: list[Captured]) -> Iterator[Values]:
         for captured in batch:
             try:
-                yield exchange_of(captured)
+                yield exchange_values(captured)
             except NotRecordable:
-                self._drop("not_one_prompt")
+                self.drop("not_one_prompt")
             except (msgspec.MsgspecError, RecursionError, UnicodeError, LookupError, TypeError, AttributeError):
                 # A shape that neither OpenAI nor vLLM documents; the answer went out all the same.
-                self._drop("unreadable")
+                self.drop("unreadable")
 
-    async def _store(self, database: Database, rows: list[Exchange]) -> None:
+    async def _store(self, database: Database, rows: list[Values]) -> None:
         """Waits for a database that is down (the queue fills meanwhile); a row that it refuses is dropped alone."""
         while rows:
             try:
                 async with database.write() as session:
-                    self._metrics.captured.inc(await record(session, rows))
+                    self._metrics.captured.inc(await record_values(session, rows))
                 return
             except Unavailable as error:
                 self._warn("capture_waits", error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
             except SQLAlchemyError as error:
                 if len(rows) == 1:
-                    self._drop("refused_by_database", error=str(error)[:300])
+                    self.drop("refused_by_database", error=str(error)[:300])
                     return
                 for row in rows:
                     await self._store(database, [row])
                 return
 
-    def _drop(self, reason: str, **detail: Any) -> None:
+    def drop(self, reason: str, **detail: Any) -> None:
         self._metrics.capture_dropped.labels(reason).inc()
         self._warn("exchange_not_captured", reason=reason, **detail)
 
@@ -131,25 +132,32 @@ class CaptureQueue:
 
 
 def exchange_of(captured: Captured) -> Exchange:
+    return Exchange(**exchange_values(captured))
+
+
+def exchange_values(captured: Captured) -> Values:
+    """All columns of its row."""
     request = msgspec.json.decode(captured.request)
     if is_deeper(request):
         raise NotRecordable
     answer = _streamed(captured.response) if captured.streamed else _whole(msgspec.json.decode(captured.response))
-    return Exchange(
-        project=captured.project,
-        completion_id=captured.completion_id,
-        request_id=captured.request_id,
-        session_id=captured.session_id,
-        served=captured.served,
-        messages=_messages(request, chat=not captured.completion_id.startswith("cmpl-")),
-        parameters={key: value for key, value in request.items() if key not in MESSAGE_FIELDS},
-        answers=[choice.text() for choice in answer],
-        finish_reason="aborted" if captured.aborted else next((c.finish for c in answer if c.finish), None),
-        streamed=captured.streamed,
-        key_id=captured.key_id,
-        latency_ms=captured.latency_ms,
-        created_at=captured.created_at - timedelta(milliseconds=captured.latency_ms),  # of the request, not its end
-    )
+    return {
+        "id": new_id("ex"),
+        "project": captured.project,
+        "completion_id": captured.completion_id,
+        "request_id": captured.request_id,
+        "session_id": captured.session_id,
+        "served": captured.served,
+        "messages": _messages(request, chat=not captured.completion_id.startswith("cmpl-")),
+        "parameters": {key: value for key, value in request.items() if key not in MESSAGE_FIELDS},
+        "answers": [choice.text() for choice in answer],
+        "finish_reason": "aborted" if captured.aborted else next((c.finish for c in answer if c.finish), None),
+        "streamed": captured.streamed,
+        "key_id": captured.key_id,
+        "latency_ms": captured.latency_ms,
+        # Of the request, not its end.
+        "created_at": captured.created_at - timedelta(milliseconds=captured.latency_ms),
+    }
 
 
 def _messages(request: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:

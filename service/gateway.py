@@ -7,13 +7,13 @@ vLLM's own errors pass as they are; ours have the same form. Captures each excha
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 import structlog
 from litestar.enums import ScopeType
@@ -24,6 +24,7 @@ from service.alias_table import AliasTable, Flight, UnknownModel
 from service.auth import Caller, KeyRing
 from service.auth import Scope as KeyScope
 from service.capture import Captured, CaptureQueue
+from service.engine_connection import Answer, BrokeOff
 from service.metrics import Metrics
 from service.openai_form import ModelName, error_body, error_of, model_card, parse_request, with_model
 from service.problems import BodyTooLarge, headers_of
@@ -31,10 +32,19 @@ from service.upstream import EngineBrokeOff, Replicas
 
 log = structlog.get_logger(__name__)
 ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
-PASSED_ON = ("accept", "traceparent", "tracestate")  # of the request's headers
+PASSED_ON = (b"accept", b"traceparent", b"tracestate")  # of the request's headers
+PASSED_BACK = (b"content-type", b"retry-after")  # of the engine's
+CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 CLIENT_LEFT = 499
 Headers = list[tuple[bytes, bytes]]
 JSON: Headers = [(b"content-type", b"application/json")]
+
+
+KEPT_BYTES = 16 * 1024 * 1024  # of one stream: a longer one passes, and is not captured
+
+
+class ClientLeft(Exception):
+    """Before its request was whole."""
 
 
 class Reply:
@@ -65,7 +75,7 @@ class Request:
     path: str
     body: bytes
     fields: dict[str, msgspec.Raw]
-    headers: dict[str, str]
+    headers: Mapping[bytes, bytes]
     flight: Flight
     started: float
     own_id: str
@@ -79,19 +89,25 @@ class Request:
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def upstream_headers(self) -> dict[str, str]:
-        passed = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
-        return {
-            **passed,
-            "Content-Type": "application/json",
-            "Accept-Encoding": "identity",
-            "X-Request-Id": self.own_id,
-        }
+    def upstream_headers(self) -> bytes:
+        """Whole lines. Values with control characters would be lines of their own: they are left out."""
+        lines = [b"content-type: application/json\r\nx-request-id: " + self.own_id.encode()]
+        for name in PASSED_ON:
+            value = self.headers.get(name)
+            if value is not None and not CONTROL.search(value):
+                lines.append(name + b": " + value)
+        lines.append(b"")
+        return b"\r\n".join(lines)
 
-    def reply_headers(self, response: aiohttp.ClientResponse) -> Headers:
-        kept = {name: response.headers[name] for name in ("Content-Type", "Retry-After") if name in response.headers}
-        named = {**kept, "x-nightschool-exchange": self.completion_id, "x-request-id": self.headers.get("x-request-id")}
-        return [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in named.items() if v]
+    def reply_headers(self, answer: Answer) -> Headers:
+        kept = [(name, answer.headers[name]) for name in PASSED_BACK if name in answer.headers]
+        kept.append((b"x-nightschool-exchange", self.completion_id.encode()))
+        if theirs := self.headers.get(b"x-request-id"):
+            kept.append((b"x-request-id", theirs))
+        return kept
+
+    def named(self, header: bytes) -> str | None:
+        return self.headers.get(header, b"").decode("latin-1")[:256] or None
 
     def captured(self, response: bytes, *, streamed: bool, aborted: bool = False) -> Captured | None:
         """None where no one project can be named: the base, asked for with a key of every project."""
@@ -107,8 +123,8 @@ class Request:
             streamed=streamed,
             aborted=aborted,
             latency_ms=self.seconds * 1000,
-            request_id=self.headers.get("x-request-id", "")[:256] or None,
-            session_id=self.headers.get("x-session-id", "")[:256] or None,
+            request_id=self.named(b"x-request-id"),
+            session_id=self.named(b"x-session-id"),
             key_id=self.caller.key_id,
         )
 
@@ -166,6 +182,8 @@ class Gateway:
                 await handle(reply, scope, receive)
             else:
                 await reply.whole(405, error_body(405, f"use {method}"), [*JSON, (b"allow", method.encode())])
+        except ClientLeft:
+            pass
         except NightschoolError as error:
             status, body = error_of(error)
             extra = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
@@ -177,7 +195,7 @@ class Gateway:
             self._metrics.requests.labels(reply.project, str(reply.status or CLIENT_LEFT)).inc()
 
     async def _models(self, reply: Reply, scope: Scope, _: Receive) -> None:
-        cards = self._cards(_headers(scope).get("authorization"))
+        cards = self._cards(_authorization(dict(scope["headers"])))
         await reply.whole(200, msgspec.json.encode({"object": "list", "data": list(cards.values())}), JSON)
 
     def _cards(self, authorization: str | None) -> dict[str, dict[str, Any]]:
@@ -188,76 +206,83 @@ class Gateway:
 
     async def _complete(self, reply: Reply, scope: Scope, receive: Receive) -> None:
         started = time.perf_counter()
-        headers = _headers(scope)
-        caller = self._keys.authenticate(headers.get("authorization"))
+        headers = dict(scope["headers"])
+        caller = self._keys.authenticate(_authorization(headers))
         caller.require(KeyScope.INFERENCE)
         body = await read_body(headers, receive, self._max_body_bytes)
         fields, model = parse_request(body)
         with self._aliases.flight(model, caller) as flight:
             reply.project = flight.route.project or ""
             path = scope["path"].rstrip("/")
-            request = Request(caller, path, body, fields, headers, flight, started, uuid.uuid4().hex)
+            request = Request(caller, path, body, fields, headers, flight, started, secrets.token_hex(16))
             await while_connected(receive, self._exchange(reply, request))
             self._metrics.seconds.labels(reply.project).observe(request.seconds)
 
     async def _exchange(self, reply: Reply, request: Request) -> None:
         route = request.flight.route
         body = with_model(request.fields, route.served)
-        response = await self._replicas.ask(request.flight, request.path, body, request.upstream_headers())
-        self._metrics.first_byte.labels(reply.project).observe(request.seconds)
-        name = ModelName(route.served, route.requested)
+        answer = await self._replicas.ask(request.flight, request.path, body, request.upstream_headers())
         try:
-            if response.content_type == "text/event-stream":
-                await self._stream(reply, request, response, name)
+            self._metrics.first_byte.labels(reply.project).observe(request.seconds)
+            name = ModelName.of(route.served, route.requested)
+            if answer.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+                await self._stream(reply, request, answer, name)
             else:
-                await self._whole(reply, request, response, name)
+                await self._whole(reply, request, answer, name)
         finally:
-            response.close()  # an unfinished answer's connection is cut: vLLM stops generating
+            answer.close()  # an unfinished answer's connection is cut: vLLM stops generating
 
-    async def _whole(self, reply: Reply, request: Request, response: aiohttp.ClientResponse, name: ModelName) -> None:
+    async def _whole(self, reply: Reply, request: Request, answer: Answer, name: ModelName) -> None:
         try:
-            body = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            body = await answer.read()
+        except BrokeOff as error:
             raise EngineBrokeOff("the engine broke off in the middle of its answer") from error
-        if response.status == 200:
+        if answer.status == 200:
             self._keep(request.captured(body, streamed=False))
-        await reply.whole(response.status, name.whole(body), request.reply_headers(response))
+        await reply.whole(answer.status, name.whole(body), request.reply_headers(answer))
 
-    async def _stream(self, reply: Reply, request: Request, response: aiohttp.ClientResponse, name: ModelName) -> None:
-        await reply.start(response.status, request.reply_headers(response))
-        passed: list[bytes] = []
+    async def _stream(self, reply: Reply, request: Request, answer: Answer, name: ModelName) -> None:
+        await reply.start(answer.status, request.reply_headers(answer))
+        passed, size = list[bytes](), 0
         complete = False
+        line = name.lines()
         try:
-            async for chunk in response.content.iter_any():
-                if lines := name.feed(chunk):
-                    passed.append(lines)
+            while piece := await answer.piece():
+                if lines := line.feed(piece):
+                    size += len(lines)
+                    if size <= KEPT_BYTES:
+                        passed.append(lines)
                     await reply.body(lines, more=True)
             complete = True
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except BrokeOff as error:
             log.warning("stream_broke_off", exchange=request.completion_id, error=str(error))
             broken = error_body(502, "the engine broke off in the middle of its answer")
             await reply.body(b"data: " + broken + b"\n\n", more=True)
         finally:
-            if passed:
+            if size > KEPT_BYTES:
+                self._capture.drop("answer_too_long")
+            elif passed:
                 self._keep(request.captured(b"".join(passed), streamed=True, aborted=not complete))
-        await reply.body(name.rest() if complete else b"")
+        await reply.body(line.rest() if complete else b"")
 
     def _keep(self, captured: Captured | None) -> None:
         if captured is not None:
             self._capture.offer(captured)
 
 
-async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> bytes:
-    declared = headers.get("content-length", "")
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    declared = headers.get(b"content-length", b"")
     parts: list[bytes] = []
-    size = int(declared) if declared.isdecimal() else 0
+    size = int(declared) if declared.isdigit() else 0
+    taken = 0
     more = size <= limit
     while more:
         message = await receive()
         if message["type"] != "http.request":
-            break
+            raise ClientLeft
         parts.append(message["body"])
-        size = sum(map(len, parts))
+        taken += len(message["body"])
+        size = taken
         more = message["more_body"] and size <= limit
     if size > limit:
         raise BodyTooLarge(f"the body has more than {limit} bytes")
@@ -266,21 +291,25 @@ async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> by
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Runs the work; when the client hangs up first, cancels it."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_hang_up(receive))
+    ours = asyncio.current_task()
+    assert ours is not None
+    gone = False
+
+    async def listen() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        ours.cancel()
+
+    listener = asyncio.create_task(listen())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await work
+    except asyncio.CancelledError:
+        if not gone or ours.uncancel():  # somebody else wants this to end, too
+            raise
     finally:
-        gone.cancel()
-        task.cancel()  # nothing, where it is done
-        await asyncio.gather(task, gone, return_exceptions=True)
-    if not task.cancelled():
-        task.result()
-
-
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        listener.cancel()
 
 
 async def _refuse(reply: Reply, status: int, body: bytes, headers: Headers) -> None:
@@ -288,5 +317,6 @@ async def _refuse(reply: Reply, status: int, body: bytes, headers: Headers) -> N
         await reply.whole(status, body, [*JSON, *headers])
 
 
-def _headers(scope: Scope) -> dict[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+def _authorization(headers: Mapping[bytes, bytes]) -> str | None:
+    value = headers.get(b"authorization")
+    return None if value is None else value.decode("latin-1")

@@ -29,6 +29,7 @@ from service import auth, migrations
 from service.app import AppState, assemble, create_app
 from service.health import Check
 from service.hints import Announcer
+from service.http_guard import guarded
 from service.routes.hooks import hook_routes
 from service.routes.keys import key_routes
 from service.routes.labels import label_routes
@@ -38,7 +39,7 @@ from service.routes.queue import queue_routes
 from service.routes.transfer import transfer_routes
 from service.secret_files import write_secret
 from service.servers import HOOK_HOST
-from service.settings import Settings
+from service.settings import HttpSettings, Settings
 from service.stack import Stack
 
 log = structlog.get_logger()
@@ -213,14 +214,15 @@ class _Server(uvicorn.Server):
 
 
 def http_server(installation: Installation, *listeners: socket.socket) -> AbstractAsyncContextManager[None]:
-    return serving(installation.application(), *listeners)
+    return serving(installation.application(), installation.settings.http, *listeners)
 
 
 @asynccontextmanager
-async def serving(application: object, *listeners: socket.socket) -> AsyncIterator[None]:
+async def serving(application: object, settings: HttpSettings, *listeners: socket.socket) -> AsyncIterator[None]:
     """Serves until the block ends; requests in flight get `STOP_SECONDS` to end."""
     config = uvicorn.Config(
         application,  # type: ignore[arg-type]  # Litestar is an ASGI application
+        http=guarded(settings),
         log_config=None,
         access_log=False,
         lifespan="on",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -72,15 +73,30 @@ class ModelName:
     def __init__(self, served: str, requested: str) -> None:
         self._pattern = re.compile(rb'"model"\s*:\s*"' + re.escape(served.encode()) + b'"')
         self._name = b'"model":' + msgspec.json.encode(requested)
-        self._tail = b""
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of(cls, served: str, requested: str) -> ModelName:
+        return cls(served, requested)
 
     def whole(self, body: bytes) -> bytes:
         return self._pattern.sub(lambda _: self._name, body)
 
+    def lines(self) -> Lines:
+        return Lines(self)
+
+
+class Lines:
+    """The same for one stream, line by line."""
+
+    def __init__(self, name: ModelName) -> None:
+        self._name = name
+        self._tail = b""
+
     def feed(self, chunk: bytes) -> bytes:
         """The whole lines so far; a broken one waits for its end."""
         lines, newline, self._tail = (self._tail + chunk).rpartition(b"\n")
-        return self.whole(lines + newline)
+        return self._name.whole(lines + newline)
 
     def rest(self) -> bytes:
-        return self.whole(self._tail)
+        return self._name.whole(self._tail)

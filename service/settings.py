@@ -34,6 +34,18 @@ class HttpSettings(Strict):
     )
     ingest_queue: int = Field(4096, ge=1, le=1_000_000, description="Feedback waiting for its commit; more answer 503")
     upstream_timeout_seconds: float = Field(600.0, gt=0, le=86_400)
+    request_timeout_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="For a whole request to come in; a body that goes on coming may take longer",
+    )
+    stalled_client_seconds: float = Field(
+        120.0, gt=0, le=86_400, description="An answer waits so long for a client that reads nothing"
+    )
+    max_connections: int = Field(
+        10_000, ge=1, le=60_000, description="Open ones; more are closed at once. Open files may allow fewer"
+    )
 
 
 class DatabaseSettings(Strict):

@@ -17,7 +17,8 @@ from sqlmodel import SQLModel, select
 from labeling.database import Database
 from service.app import AppState, assemble, create_app
 from service.auth import create_key
-from service.settings import Settings
+from service.http_guard import guarded
+from service.settings import HttpSettings, Settings
 
 PROJECT = "support-bot"
 BASE = "base"
@@ -58,11 +59,18 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(app: Any, host: str = "127.0.0.1") -> AsyncIterator[str]:
-    """An ASGI application under uvicorn, on a free port of this machine."""
+async def serving(app: Any, host: str = "127.0.0.1", http: HttpSettings | None = None) -> AsyncIterator[str]:
+    """An ASGI application under uvicorn, on a free port of this machine, guarded as the product's is."""
     # Kept alive longer than any client keeps an idle connection: else both may close and use it at the same time.
     config = uvicorn.Config(
-        app, host=host, port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=75
+        app,
+        host=host,
+        port=0,
+        http=guarded(http or HttpSettings()),
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
@@ -80,7 +88,7 @@ async def serving(app: Any, host: str = "127.0.0.1") -> AsyncIterator[str]:
 async def service(database: Database, settings: Settings, **parts: Any) -> AsyncIterator[Service]:
     """`parts`: of create_app."""
     state = assemble(settings, database)
-    async with serving(create_app(settings, state, **parts)) as url:
+    async with serving(create_app(settings, state, **parts), http=settings.http) as url:
         yield Service(url, settings, state)
 
 

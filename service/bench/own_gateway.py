@@ -28,7 +28,7 @@ async def serve(settings: Settings) -> None:
     _, key = await create_key(database, "bench", ["inference", "feedback"], PROJECT)
     (folder / "key").write_text(key, encoding="utf-8")
     with listen(settings) as listener:
-        async with serving(create_app(settings, assemble(settings, database)), listener):
+        async with serving(create_app(settings, assemble(settings, database)), settings.http, listener):
             await asyncio.Event().wait()
 
 
