@@ -1,51 +1,33 @@
-"""HTTP/1.1 to one engine over connections that are kept: what the gateway needs of a client, and nothing else.
+"""HTTP/1.1 over one connection to an engine: one request at a time, and its answer whole or piece by piece.
 
-The answer's bytes pass as they are: no redirects, cookies, compression or proxies. aiohttp's client does all that, and
-takes three times as long for a request. `service.upstream` is the only caller.
+The answer's bytes pass as they are: no redirects, cookies, compression or proxies. `service.engine_pool` keeps the
+connections.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections import deque
-from dataclasses import dataclass
-from typing import cast
-from urllib.parse import urlsplit
+from typing import Protocol, cast
 
 import httptools
 
-CONNECT_SECONDS = 5.0
-KEEP_ALIVE_SECONDS = 2.0  # vLLM closes idle connections after 5: we must be the first to let go
 MOST_HEADER_BYTES = 64 * 1024
 MOST_WAITING_BYTES = 256 * 1024  # of a stream whose client reads slowly: then the engine is not read either
 WITHOUT_BODY = frozenset({204, 304})
-
-
-class NotConnected(Exception):
-    """Nothing was sent."""
 
 
 class BrokeOff(Exception):
     """The engine closed the connection, answered with something else than HTTP, or was silent for too long."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an engine listens, and what stands before every path."""
+class Keeper(Protocol):
+    """Where a connection goes when its answer is complete, and whom it tells that it is gone."""
 
-    host: str
-    port: int
-    tls: bool
-    prefix: str
-    netloc: str
+    read_seconds: float
 
-    @classmethod
-    def of(cls, url: str) -> Origin:
-        parts = urlsplit(url)
-        tls = parts.scheme == "https"
-        netloc = parts.netloc.rpartition("@")[2]
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), netloc)
+    def put_back(self, connection: Connection) -> None: ...
+
+    def forget(self, connection: Connection) -> None: ...
 
 
 class Answer:
@@ -128,8 +110,8 @@ class Answer:
 class Connection(asyncio.Protocol):
     """One request at a time. httptools calls the `on_` methods."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpResponseParser(self)
         self._answer: Answer | None = None
@@ -146,7 +128,7 @@ class Connection(asyncio.Protocol):
         self._answer = answer = Answer(self)
         self._heard_at = self._loop.time()
         if self._timer is None:
-            self._timer = self._loop.call_later(self._pool.read_seconds, self._look)
+            self._timer = self._loop.call_later(self._keeper.read_seconds, self._look)
         self._transport.write(request)
         return answer
 
@@ -177,7 +159,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.usable = False
-        self._pool.forget(self)
+        self._keeper.forget(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._until_end and error is None and self._answer is not None:
@@ -224,7 +206,7 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         if self.usable and self._parser.should_keep_alive():
-            self._pool.put_back(self)
+            self._keeper.put_back(self)
         else:
             self.cut()
 
@@ -242,87 +224,7 @@ class Connection(asyncio.Protocol):
         if self._paused:
             self._heard_at = self._loop.time()
         silent = self._loop.time() - self._heard_at
-        if silent >= self._pool.read_seconds:
-            self._fail(f"nothing came for {self._pool.read_seconds:g} seconds")
+        if silent >= self._keeper.read_seconds:
+            self._fail(f"nothing came for {self._keeper.read_seconds:g} seconds")
         else:
-            self._timer = self._loop.call_later(self._pool.read_seconds - silent, self._look)
-
-
-class Pool:
-    """Connections to one engine: as many as there are requests; the one used last goes out first."""
-
-    def __init__(self, url: str, read_seconds: float, key: str | None = None) -> None:
-        self.read_seconds = read_seconds
-        origin = self._origin = Origin.of(url)
-        self._tls = ssl.create_default_context() if origin.tls else None
-        authorization = f"authorization: Bearer {key}\r\n" if key else ""
-        self._head = (f"host: {origin.netloc}\r\naccept-encoding: identity\r\n{authorization}").encode("latin-1")
-        self._idle: deque[Connection] = deque()
-        self._open: set[Connection] = set()
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    async def post(self, path: str, headers: bytes, body: bytes) -> Answer:
-        """`headers` are whole lines. Raises NotConnected or BrokeOff; returns when the answer's headers are there."""
-        length = b"content-length: %d\r\n\r\n" % len(body)
-        return await self._ask(b"POST " + self._target(path) + self._head + headers + length + body)
-
-    async def get(self, path: str) -> Answer:
-        return await self._ask(b"GET " + self._target(path) + self._head + b"\r\n")
-
-    def put_back(self, connection: Connection) -> None:
-        connection.idle_since = asyncio.get_running_loop().time()
-        self._idle.append(connection)
-        if self._sweeper is None:
-            self._sweeper = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._sweep)
-
-    def close(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        for connection in list(self._open):
-            connection.cut()
-
-    def forget(self, connection: Connection) -> None:
-        self._open.discard(connection)
-
-    def _target(self, path: str) -> bytes:
-        return f"{self._origin.prefix}{path} HTTP/1.1\r\n".encode("latin-1")
-
-    async def _ask(self, request: bytes) -> Answer:
-        connection = self._kept() or await self._connected()
-        answer = connection.ask(request)
-        try:
-            await answer.begun()
-        except BaseException:
-            answer.close()
-            raise
-        return answer
-
-    def _kept(self) -> Connection | None:
-        oldest = asyncio.get_running_loop().time() - KEEP_ALIVE_SECONDS
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable and connection.idle_since > oldest:
-                return connection
-            connection.cut()
-        return None
-
-    async def _connected(self) -> Connection:
-        loop, origin = asyncio.get_running_loop(), self._origin
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self), origin.host, origin.port, ssl=self._tls
-                )
-        except (OSError, TimeoutError) as error:  # an SSLError is an OSError too
-            raise NotConnected(str(error) or f"no connection within {CONNECT_SECONDS:g} seconds") from error
-        self._open.add(connection)
-        return connection
-
-    def _sweep(self) -> None:
-        self._sweeper = None
-        now = asyncio.get_running_loop().time()
-        while self._idle and (not self._idle[0].usable or self._idle[0].idle_since <= now - KEEP_ALIVE_SECONDS):
-            self._idle.popleft().cut()
-        if self._idle:
-            due = self._idle[0].idle_since + KEEP_ALIVE_SECONDS - now
-            self._sweeper = asyncio.get_running_loop().call_later(max(due, 0.05), self._sweep)
+            self._timer = self._loop.call_later(self._keeper.read_seconds - silent, self._look)

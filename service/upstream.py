@@ -6,7 +6,8 @@ import structlog
 
 from labeling.errors import Unavailable
 from service.alias_table import AliasTable, Flight, Upstream
-from service.engine_connection import Answer, BrokeOff, NotConnected, Pool
+from service.engine_connection import Answer, BrokeOff
+from service.engine_pool import NotConnected, Pool
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)

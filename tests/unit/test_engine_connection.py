@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service import engine_connection
-from service.engine_connection import MOST_WAITING_BYTES, BrokeOff, NotConnected, Origin, Pool
+from service import engine_pool
+from service.engine_connection import MOST_WAITING_BYTES, BrokeOff
+from service.engine_pool import NotConnected, Origin, Pool
 from tests.running import eventually
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -69,13 +70,13 @@ async def test_connections_are_used_again_until_they_are_old(monkeypatch: pytest
         assert engine.connections == 1
         await asyncio.gather(*(asked(pool) for _ in range(5)))
         assert engine.connections == 5
-        monkeypatch.setattr(engine_connection, "KEEP_ALIVE_SECONDS", 0.0)
+        monkeypatch.setattr(engine_pool, "KEEP_ALIVE_SECONDS", 0.0)
         await asked(pool)
         assert engine.connections == 6
 
 
 async def test_idle_connections_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_connection, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(engine_pool, "KEEP_ALIVE_SECONDS", 0.05)
     engine = Engine()
     async with pool_before(engine) as pool:
         await asyncio.gather(*(asked(pool) for _ in range(4)))
