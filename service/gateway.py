@@ -36,11 +36,9 @@ PASSED_ON = (b"accept", b"traceparent", b"tracestate")  # of the request's heade
 PASSED_BACK = (b"content-type", b"retry-after")  # of the engine's
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 CLIENT_LEFT = 499
+KEPT_BYTES = 16 * 1024 * 1024  # of one stream: a longer one passes, and is not captured
 Headers = list[tuple[bytes, bytes]]
 JSON: Headers = [(b"content-type", b"application/json")]
-
-
-KEPT_BYTES = 16 * 1024 * 1024  # of one stream: a longer one passes, and is not captured
 
 
 class ClientLeft(Exception):

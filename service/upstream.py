@@ -43,7 +43,10 @@ class Replicas:
                 answer = await self._pool(upstream).post(path, headers, body)
                 lacks = answer.status == 404 and flight.route.is_alias
                 if lacks:
-                    await answer.read()
+                    try:
+                        await answer.read()
+                    finally:
+                        answer.close()
             except NotConnected as error:
                 self._aliases.refused(upstream)
                 self.failed(upstream, "refused", error)
