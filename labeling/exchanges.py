@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, inspect, update
+from sqlalchemy import ColumnElement, Connection, Select, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -63,9 +63,7 @@ async def _insert(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> i
     return result.rowcount
 
 
-_SQLITE_INSERT = (
-    sqlite.insert(inspect(Exchange).local_table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
-)
+_SQLITE_INSERT = sqlite.insert(Exchange).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
 
 
 async def link_waiting(session: AsyncSession, project: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -219,13 +220,13 @@ async def test_bytes_that_are_no_text(tmp_path: Path, vllm: FakeVllm) -> None:
 def test_open_files_bound_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many clients come, database and engines still find files to open."""
     set_to: list[tuple[int, int]] = []
-    monkeypatch.setattr(http_guard.resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
     for limits, room, raised in (
         ((1024, 1024), 768, []),
         ((1024, 8192), 8192 - 256, [(8192, 8192)]),
         ((256, 256), 128, []),
     ):
         set_to.clear()
-        monkeypatch.setattr(http_guard.resource, "getrlimit", lambda _, found=limits: found)
+        monkeypatch.setattr(resource, "getrlimit", lambda _, found=limits: found)
         assert (http_guard.room_for_connections(), set_to) == (room, raised)
     assert HttpSettings().max_connections == 10_000
