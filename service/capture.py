@@ -28,6 +28,7 @@ MESSAGE_FIELDS = frozenset({"messages", "prompt", "model", "stream", "stream_opt
 
 Values = dict[str, Any]  # of one exchange, by column
 
+
 class NotRecordable(Exception):
     """An exchange without one readable prompt: several prompts at once, token ids, or JSON nested too deeply."""
 
