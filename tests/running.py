@@ -15,6 +15,14 @@ from sqlalchemy import func
 from sqlmodel import SQLModel, select
 
 from labeling.database import Database
+from labeling.label_studio import LabelStudioServer
+from loop.aliases import NoGateway
+from loop.clients import Clients
+from loop.executors import LocalExecutor
+from loop.mlflow_registry import Registry
+from loop.object_store import open_store
+from loop.settings import MlflowSettings, ObjectStoreSettings
+from loop.vllm import Replica
 from service.app import AppState, assemble, create_app
 from service.auth import create_key
 from service.http_guard import guarded
@@ -22,6 +30,7 @@ from service.settings import HttpSettings, Settings
 
 PROJECT = "support-bot"
 BASE = "base"
+NOWHERE = "http://127.0.0.1:9"  # refuses every connection
 
 
 def settings_for(
@@ -56,6 +65,19 @@ class Service:
         """With a key of these scopes; the test closes it."""
         headers = {"Authorization": f"Bearer {await self.key(*scopes, project=project)}"}
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+
+def offline_clients(database: Database, folder: Path, replicas: Sequence[Replica] = ()) -> Clients:
+    """A worker's, whose Label Studio and MLflow are down."""
+    return Clients(
+        database=database,
+        label_studio=LabelStudioServer(NOWHERE, "unused"),
+        registry=Registry(MlflowSettings(url=NOWHERE)),
+        objects=open_store(ObjectStoreSettings(), folder / "archive"),
+        executor=LocalExecutor(),
+        replicas=tuple(replicas),
+        aliases=NoGateway(),
+    )
 
 
 @asynccontextmanager

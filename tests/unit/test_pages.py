@@ -9,20 +9,11 @@ from typing import Any
 import httpx
 
 from labeling.database import Database, now
-from labeling.label_studio import LabelStudioServer
-from loop.aliases import NoGateway
-from loop.clients import Clients
-from loop.executors import LocalExecutor
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
-from loop.settings import MlflowSettings, ObjectStoreSettings
 from loop.tables import Night, NightEvent, NightState
 from service.app import assemble, create_app
 from service.routes.nights import NightDesk
 from service.routes.pages import page_routes
-from tests.running import PROJECT, Service, serving, settings_for
-
-NOWHERE = "http://127.0.0.1:9"
+from tests.running import NOWHERE, PROJECT, Service, offline_clients, serving, settings_for
 
 
 async def test_overview_and_night_render(database: Database, tmp_path: Path) -> None:
@@ -35,15 +26,7 @@ async def test_overview_and_night_render(database: Database, tmp_path: Path) -> 
         session.add(night)
         await session.flush()
         session.add_all(NightEvent(night_id=night.id, kind=kind, detail=detail) for kind, detail in events.items())
-    clients = Clients(
-        database=database,
-        label_studio=LabelStudioServer(NOWHERE, "unused"),
-        registry=Registry(MlflowSettings(url=NOWHERE)),
-        objects=open_store(ObjectStoreSettings(), tmp_path / "archive"),
-        executor=LocalExecutor(),
-        replicas=(),
-        aliases=NoGateway(),
-    )
+    clients = offline_clients(database, tmp_path)
     projects = {project.name: project for project in settings.projects}
     desk = NightDesk(clients, projects, tmp_path, state.keys, {}, lambda: None)
     async with serving(create_app(settings, state, extra_routes=page_routes(desk))) as url:

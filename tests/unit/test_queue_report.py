@@ -12,18 +12,11 @@ import pytest
 
 from labeling.database import Database, now
 from labeling.feedback import fold
-from labeling.label_studio import LabelStudioServer
 from labeling.proportions import Proportion, difference
 from labeling.queue_report import comparison, queue_report
 from labeling.settings import LabelingSettings
 from labeling.tables import Chosen, Feedback, FeedbackKind, ItemState, Label, LabelState, ReviewItem, Verdict
-from loop.aliases import NoGateway
-from loop.clients import Clients
-from loop.executors import LocalExecutor
 from loop.label_fixes import label_fixes
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
-from loop.settings import MlflowSettings, ObjectStoreSettings
 from loop.tables import LabelUse, Night, NightState, Promotion, StageMarker
 from service.app import assemble, create_app
 from service.commands import queue as commands
@@ -32,9 +25,7 @@ from service.routes.nights import NightDesk
 from service.routes.pages import page_routes
 from service.routes.queue import queue_routes
 from service.settings import load
-from tests.running import PROJECT, Service, serving, settings_for
-
-NOWHERE = "http://127.0.0.1:9"
+from tests.running import NOWHERE, PROJECT, Service, offline_clients, serving, settings_for
 
 
 def item(number: int, chosen: Chosen, state: ItemState = ItemState.LABELLED, **columns: Any) -> ReviewItem:
@@ -175,15 +166,7 @@ async def test_routes_and_page(database: Database, tmp_path: Path) -> None:
         database, [Feedback(project=PROJECT, kind=FeedbackKind.FLAG, messages=asked, answer="So.", severity=0.9)]
     )
     await fold(database, PROJECT, LabelingSettings())
-    clients = Clients(
-        database=database,
-        label_studio=LabelStudioServer(NOWHERE, "unused"),
-        registry=Registry(MlflowSettings(url=NOWHERE)),
-        objects=open_store(ObjectStoreSettings(), tmp_path / "archive"),
-        executor=LocalExecutor(),
-        replicas=(),
-        aliases=NoGateway(),
-    )
+    clients = offline_clients(database, tmp_path)
     desk = NightDesk(clients, {p.name: p for p in settings.projects}, tmp_path, state.keys, {}, lambda: None)
     routes = [*queue_routes(desk), *page_routes(desk)]
     async with serving(create_app(settings, state, extra_routes=routes)) as url:

@@ -13,24 +13,17 @@ import pytest
 from labeling import retention
 from labeling.database import Database, now
 from labeling.feedback import fold
-from labeling.label_studio import LabelStudioServer
 from labeling.retention import forget_old_exchanges
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, ExchangeRetention, Feedback, FeedbackKind
-from loop.aliases import NoGateway
-from loop.clients import Clients
-from loop.executors import LocalExecutor
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
 from loop.runner import Runner
-from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
+from loop.settings import EngineSettings, MlflowSettings, ProjectSettings
 from loop.worker import Worker
 from service import app
-from tests.running import PROJECT, count, eventually, rows, service, settings_for
+from tests.running import NOWHERE, PROJECT, count, eventually, offline_clients, rows, service, settings_for
 from tests.unit.test_feedback import exchange, feedback, store
 
 OLD = timedelta(days=40)
-NOWHERE = "http://127.0.0.1:9"
 
 
 async def test_only_what_is_old_and_needed_by_nothing_goes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +80,7 @@ async def test_the_worker_looks(database: Database, tmp_path: Path) -> None:
         name: ProjectSettings.model_validate({**known, "name": name, "labeling": {"keep_exchanges_days": keep}})
         for name, keep in days.items()
     }
-    clients = Clients(
-        database=database,
-        label_studio=LabelStudioServer(NOWHERE, "unused"),
-        registry=Registry(MlflowSettings(url=NOWHERE)),
-        objects=open_store(ObjectStoreSettings(), tmp_path),
-        executor=LocalExecutor(),
-        replicas=(),
-        aliases=NoGateway(),
-    )
+    clients = offline_clients(database, tmp_path)
     worker = Worker(Runner(clients, projects, EngineSettings(), tmp_path), MlflowSettings(url=NOWHERE))
     await worker.start()
     try:

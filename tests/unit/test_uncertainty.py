@@ -16,23 +16,16 @@ from labeling import uncertainty as ours
 from labeling.database import Database, new_id, now
 from labeling.exchanges import record
 from labeling.feedback import fold
-from labeling.label_studio import LabelStudioServer
 from labeling.tables import EntryProgress, Exchange, Feedback, FeedbackKind, ItemState, ReviewItem
 from loop import uncertainty
-from loop.aliases import NoGateway
 from loop.clients import Clients
-from loop.executors import LocalExecutor
-from loop.mlflow_registry import Registry
-from loop.object_store import open_store
 from loop.runner import Runner
-from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
+from loop.settings import EngineSettings, MlflowSettings, ProjectSettings
 from loop.tables import Night, NightState, Serving
 from loop.vllm import EngineUnavailable, Replica
 from loop.worker import Worker
 from tests.fakes.vllm import FakeVllm
-from tests.running import BASE, PROJECT, eventually, rows
-
-NOWHERE = "http://127.0.0.1:9"
+from tests.running import BASE, NOWHERE, PROJECT, eventually, offline_clients, rows
 
 
 @dataclass
@@ -70,15 +63,7 @@ class Installation:
 async def installation(database: Database, tmp_path: Path) -> AsyncIterator[Installation]:
     async with FakeVllm(base=BASE) as engine:
         replica = Replica(engine.url)
-        clients = Clients(
-            database=database,
-            label_studio=LabelStudioServer(NOWHERE, "unused"),
-            registry=Registry(MlflowSettings(url=NOWHERE)),
-            objects=open_store(ObjectStoreSettings(), tmp_path),
-            executor=LocalExecutor(),
-            replicas=(replica,),
-            aliases=NoGateway(),
-        )
+        clients = offline_clients(database, tmp_path, [replica])
         async with database.write() as session:
             session.add(Serving(project=PROJECT, current=f"{PROJECT}@v1"))
         yield Installation(database, engine, clients)

@@ -18,54 +18,22 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from labeling.archive import archived_tasks
-from labeling.database import Database, now
+from labeling.database import now
 from labeling.label_studio import LabelStudioServer, SeenTask
 from labeling.label_studio_http import LabelStudioUnavailable
 from labeling.labeling_screen import Opinion, as_result, read_result
 from labeling.pull import pull
 from labeling.push import push
 from labeling.sync import LabelSync
-from labeling.tables import Annotation, ArchivedTask, ItemState, Label, LabellingProject, LabelState, ReviewItem
+from labeling.tables import Annotation, ArchivedTask, ItemState, Label, LabelState, ReviewItem
 from service.metrics import Metrics
 from service.routes.hooks import hook_routes
 from service.servers import HOOK_HOST
-from tests.fakes.label_studio import Fault, LabelStudioProxy, WebhookRelay, label_studio_proxy, webhook_relay
-from tests.integration.test_labelling import WRONG, Desk
+from tests.fakes.label_studio import Fault, LabelStudioProxy, WebhookRelay, webhook_relay
+from tests.integration.labelling.desk import WRONG, Desk
 from tests.running import eventually, rows, service, settings_for
 
 REFUSED = Opinion("wrong", "30 days.")  # the flagged answer unchanged
-
-
-@pytest.fixture
-async def server(label_studio: Any) -> AsyncIterator[LabelStudioServer]:
-    server = LabelStudioServer(label_studio.url, label_studio.token)
-    yield server
-    await server.close()
-
-
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return f"sqlite+aiosqlite:///{tmp_path / 'labels.db'}"
-
-
-@pytest.fixture
-async def make_desk(database: Database, server: LabelStudioServer) -> AsyncIterator[Callable[..., Desk]]:
-    yield lambda **settings: Desk(database, server, **settings)
-    for row in await rows(database, LabellingProject):
-        await server.delete_project(row.server_project)
-
-
-@pytest.fixture
-def desk(make_desk: Callable[..., Desk]) -> Desk:
-    return make_desk()
-
-
-@pytest.fixture
-async def faulty(label_studio: Any) -> AsyncIterator[tuple[LabelStudioServer, LabelStudioProxy]]:
-    async with label_studio_proxy(label_studio.url) as (url, proxy):
-        server = LabelStudioServer(url, label_studio.token, timeout_seconds=2)
-        yield server, proxy
-        await server.close()
 
 
 # the cost of a look

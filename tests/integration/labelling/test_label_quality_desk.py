@@ -1,7 +1,5 @@
 """Overlap, gold questions and the labelling screen on the real Label Studio; the screen in a real browser."""
 
-# ruff: noqa: F811  # fixtures are arguments of the same name
-
 from __future__ import annotations
 
 import secrets
@@ -20,15 +18,7 @@ from labeling.labelling_projects import labelling_project
 from labeling.screen_upkeep import OURS, Screen, ScreenState, digest, keep_screen
 from labeling.tables import ItemState, Label, LabelState, ReviewItem, Verdict
 from loop.night_view import project_view
-from tests.integration.test_labelling import (  # noqa: F401  # fixtures
-    WRONG,
-    Desk,
-    MakeDesk,
-    database_url,
-    desk,
-    make_desk,
-    server,
-)
+from tests.integration.labelling.desk import WRONG, Desk, MakeDesk
 from tests.running import rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
