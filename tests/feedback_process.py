@@ -11,6 +11,7 @@ import socket
 import sys
 
 import uvicorn
+import uvloop
 
 from labeling.database import Database
 from service.app import assemble, create_app
@@ -32,7 +33,7 @@ def main(url: str) -> None:
     for _ in sys.stdin:
         listener = socket.create_server(("127.0.0.1", 0))
         if os.fork() == 0:
-            asyncio.run(serve(url, listener))
+            uvloop.run(serve(url, listener))
             os._exit(0)
         listener.close()
         os.wait()

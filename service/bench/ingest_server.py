@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from labeling.database import Database
 from service import installation, logging
@@ -86,4 +87,4 @@ async def serve(mode: Mode, url: str) -> None:
 
 if __name__ == "__main__":
     logging.configure(json=True)
-    asyncio.run(serve(Mode(sys.argv[1]), sys.argv[2]))
+    uvloop.run(serve(Mode(sys.argv[1]), sys.argv[2]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import uvloop
 
 from labeling.errors import InvalidInput
 from loop.aliases import NoGateway
@@ -39,19 +40,19 @@ def up(path: Path) -> None:
     """One process: managed servers, HTTP and worker; SQLite allowed, under the data folder's lock."""
     settings = load(path)
     logging.configure(json=True)
-    asyncio.run(_until_signal(_up(settings)))
+    uvloop.run(_until_signal(_up(settings)))
 
 
 def serve(path: Path) -> None:
     settings = _apart(load(path))
     logging.configure(json=True)
-    asyncio.run(_until_signal(_serve(settings)))
+    uvloop.run(_until_signal(_serve(settings)))
 
 
 def work(path: Path) -> None:
     settings = _apart(load(path))
     logging.configure(json=True)
-    asyncio.run(_until_signal(_work(settings)))
+    uvloop.run(_until_signal(_work(settings)))
 
 
 def _apart(settings: Settings) -> Settings:
