@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Annotated, Any, TypeGuard
@@ -20,6 +19,7 @@ Reason = Annotated[str, Field(min_length=1, max_length=256)]
 MISTAKES_NAMED = 100
 STARS = 5  # where a rating does not say of how many
 MOST_STARS = 100
+MOST_NUMBER = 1e15  # beyond, a float is no longer exact
 
 
 class InvalidFeedback(InvalidInput):
@@ -130,7 +130,8 @@ def _rating_mistake(value: Any) -> str | None:
 
 
 def _number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Bounded before anything is computed: JSON's whole numbers have any length, and floats do not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_NUMBER <= value <= MOST_NUMBER
 
 
 def _preference(value: Any) -> Iterator[tuple[str, str]]:

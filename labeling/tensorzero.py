@@ -7,12 +7,12 @@ to https://www.tensorzero.com/docs/gateway/api-reference/feedback and the gatewa
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from labeling.errors import InvalidInput
+from labeling.feedback_body import MOST_NUMBER
 from labeling.settings import MetricSettings
 
 FIELDS = frozenset({"episode_id", "inference_id", "metric_name", "value", "internal", "tags", "dryrun"})
@@ -114,7 +114,7 @@ def _rated(name: str, value: Any, metric: MetricSettings | None) -> bool | float
     """0..1, one being good, whatever the metric's own range and direction."""
     if isinstance(value, bool):
         return value is not (metric is not None and metric.optimize == "min")
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not -MOST_NUMBER <= value <= MOST_NUMBER:
         raise InvalidTensorZeroFeedback(f"Feedback value for metric `{name}` must be a number or a boolean")
     metric = metric or MetricSettings.model_validate({})
     share = (value - metric.low) / (metric.high - metric.low)

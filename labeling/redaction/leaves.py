@@ -5,15 +5,18 @@ Left alone are the fields that an API reads (role, type, ids) and what is no tex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# A type, a comma, and no white space: prose that begins so is a text like any other.
+DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[^,;\s]+)*,\S*")
 LEFT_ALONE = frozenset({"role", "type", "id", "tool_call_id"})
 
 
 def texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if not value.startswith("data:"):
+        if not DATA_URL.fullmatch(value):
             yield value
     elif isinstance(value, list | tuple):
         for item in value:
@@ -27,7 +30,7 @@ def texts(value: Any) -> Iterator[str]:
 def changed(value: Any, change: Callable[[str], str]) -> Any:
     """A copy with every text changed; a whole number becomes a text where its digits would be."""
     if isinstance(value, str):
-        return value if value.startswith("data:") else change(value)
+        return value if DATA_URL.fullmatch(value) else change(value)
     if isinstance(value, list | tuple):
         return [changed(item, change) for item in value]
     if isinstance(value, dict):

@@ -101,5 +101,7 @@ def _rows(item: Any, known: Format | None, options: Options) -> Sequence[SQLMode
         raise LineRefused(f"no known format has the fields {', '.join(sorted(item)[:12])}")
     try:
         return form.read(item, options)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except RecursionError:
+        raise LineRefused("nested too deeply") from None
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise LineRefused(f"a field is missing or of another kind: {error}") from None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from labeling.errors import InvalidInput
+from labeling.json_values import has_nul, is_deeper
 from labeling.reporters import Reporters
 from labeling.tables import Exchange, Feedback, FeedbackKind
 
@@ -97,12 +98,13 @@ def needed(row: Row, *keys: str) -> str:
 
 
 def decoded(value: Any) -> Any:
-    """ClickHouse and Langfuse write JSON into text columns."""
+    """ClickHouse and Langfuse write JSON into text columns; what only looks like it, or can't be stored, is text."""
     if isinstance(value, str) and value[:1] in "{[":
         try:
-            return msgspec.json.decode(value)
-        except msgspec.MsgspecError:
+            found = msgspec.json.decode(value)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
             return value
+        return value if is_deeper(found) or has_nul(found) else found
     return value
 
 
