@@ -15,6 +15,14 @@ from labeling.redaction.page import Kind, Span
 SHORTEST_PART = 3  # of a full name, that is looked for alone
 MOST_WORDS = 6
 _NO_NAME = re.compile(r"[\d@\\/_<>{}=|]")
+# Before a name; they say of nobody who it is.
+_TITLES = frozenset(
+    {
+        *("mr", "mrs", "ms", "miss", "mx", "sir", "madam", "dr", "prof", "professor", "judge", "nurse", "dear", "hi"),
+        *("hello", "herr", "frau", "monsieur", "madame", "mme", "señor", "señora", "sr", "sra", "signor", "signora"),
+    }
+)
+_SPACED = re.compile(r"\S{1,200}+")
 _POSSESSIVE = re.compile(r"['’][sS]?$")
 _WORDS = re.compile(r"[^\W\d_]{1,40}+(?:['’-][^\W\d_]{1,40}+){0,4}+")
 _LOOK_BACK = 8
@@ -60,7 +68,13 @@ def _free(place: Range, barred: Sequence[Range], starts: Sequence[int]) -> Itera
 
 
 def _trimmed(text: str, start: int, end: int) -> Range:
-    """Without what is no letter at its ends, and without a possessive."""
+    """From its first word to its last that may be of a name: no titles, punctuation around them or possessive."""
+    words = [match.span() for match in _SPACED.finditer(text, start, end) if not _NO_NAME.search(match[0])]
+    while words and text[slice(*words[0])].casefold().strip(".,") in _TITLES:
+        del words[0]
+    if not words:
+        return start, start
+    start, end = words[0][0], words[-1][1]
     while start < end and not text[start].isalpha():
         start += 1
     while True:

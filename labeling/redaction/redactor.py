@@ -166,7 +166,7 @@ class Redaction:
             parts += [text[end : span.start], self._placeholder(span.kind, text[span.start : span.end])]
             end = span.end
             self._counts[span.kind] += 1
-        return self._as_json(text, "".join([*parts, text[end:]]))
+        return self._as_json(text, "".join([*parts, text[end:]]), spans)
 
     def _learn(self, said: Sequence[tuple[str, str]]) -> None:
         """`said`: each text with what was said before it. All are read first: who Anna is may show in a later one."""
@@ -177,10 +177,11 @@ class Redaction:
         for text, span in found:
             self._placeholder(span.kind, text[span.start : span.end])
 
-    def _as_json(self, text: str, redacted: str) -> str:
+    def _as_json(self, text: str, redacted: str, spans: Sequence[Span]) -> str:
         """A number in JSON can't become a placeholder without quotes: there each value is replaced by itself."""
         if not text.lstrip().startswith(("{", "[")) or _is_json(redacted) or not _is_json(text):
             return redacted
+        self._counts -= Counter(span.kind for span in spans)  # they are counted again, value by value
         value = json.loads(text)
         self._ask_for_names(list(texts(value)))
         return json.dumps(changed(value, self.text), ensure_ascii=False)
