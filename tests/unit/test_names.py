@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def test_long_texts_are_read_in_pieces(model: Model) -> None:
     line = "x " * 40 + "Anna Virtanen\n"
     text = line * 2_000
     (found,) = NameRecogniser(folder).find([text])
-    assert [text[start:end] for start, end in found] == ["Anna Virtanen"] * 2_000
+    assert found == [match.span() for match in re.finditer("Anna Virtanen", text)]
     sizes = [int(size.split()[1]) for size in (folder / "asked.txt").read_text().splitlines()]
     assert sum(sizes) == len(text)
     assert max(sizes) <= module.REQUEST_CHARACTERS
