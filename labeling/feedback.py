@@ -3,6 +3,8 @@
 Personal data and secrets go out here, once: items, good answers and all that comes of them hold redacted texts, and two
 prompts that differ in nothing else are one.
 
+Where a project has names replaced and the recogniser can't be asked, nothing is folded: it waits, and is tried again.
+
 `fold` is run by the worker now and then and by each night's first stage; doing it again changes nothing.
 """
 
@@ -14,6 +16,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -30,6 +33,7 @@ from labeling.draws import in_share
 from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
+from labeling.name_recogniser import NamesNotRead
 from labeling.redaction.redactor import placeholders, redactor
 from labeling.redaction.tally import count_replaced
 from labeling.rescoring import queue_of, rescore
@@ -40,6 +44,7 @@ from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMe
 from labeling.wording import holds_code_block, text_parts
 
 BATCH = 200
+NAMES_AGAIN = timedelta(hours=1)  # until a feedback whose names could not be recognised is looked at again
 # What a row's own content can raise, on reading it back or on folding it.
 UNFIT = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, DataError)
 log = structlog.get_logger(__name__)
@@ -70,14 +75,21 @@ async def _fold_all(database: Database, project: str, settings: LabelingSettings
             return folded
         try:
             folded += await _fold_these(database, folding, waiting, settings)
-        except UNFIT:
+        except (*UNFIT, NamesNotRead):
             for feedback_id in waiting:
                 folded += await _fold_or_leave_out(database, folding, feedback_id, settings)
 
 
 async def _fold_or_leave_out(database: Database, folding: Folding, feedback_id: str, settings: LabelingSettings) -> int:
+    """Held back for a while where only its names could not be recognised: the next try may find them."""
     try:
         return await _fold_these(database, folding, [feedback_id], settings)
+    except NamesNotRead as error:
+        log.warning("names_not_recognised", project=folding.project, feedback=feedback_id, reason=str(error))
+        held = {"entry": f"{entry.HELD_BACK}names", "held_until": now() + NAMES_AGAIN}
+        async with database.write() as session:
+            await session.execute(update(Feedback).where(col(Feedback.id) == feedback_id).values(**held))
+        return 0
     except UNFIT as error:
         log.exception("feedback_left_out", project=folding.project, feedback=feedback_id, reason=type(error).__name__)
         async with database.write() as session:

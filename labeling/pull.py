@@ -6,8 +6,9 @@ restored from a backup) the periodic sweep finds. Reading the same thing twice c
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -21,12 +22,12 @@ from labeling.crew import Crew, read_crew
 from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenAnnotation, SeenTask
 from labeling.label_studio_http import LabelStudioNotFound
-from labeling.labeling_screen import read_result
+from labeling.labeling_screen import Opinion, read_result
 from labeling.labelling_projects import labelling_project
 from labeling.lost_annotations import keep_lost
 from labeling.offers import offer_again
 from labeling.preferences import meant
-from labeling.redacted_items import redacted_opinion
+from labeling.redacted_items import redacted_opinions
 from labeling.screen_upkeep import keep_screen
 from labeling.settings import LabelingSettings
 from labeling.settling import settle
@@ -178,13 +179,14 @@ async def _store(
     report.tasks += len(ours)
     if not ours:
         return
+    opinions = await _opinions(database, ours, settings)
     async with database.write() as session:
         await one_at_a_time(session, f"annotations of {server_project}")  # a hint's look may meet a poll's
         touched: set[str] = set()
         crew = report.crew = report.crew or await read_crew(session, report.project, settings.annotators)
         crew.met(annotation.annotator for task in ours for annotation in task.annotations)
         for task in ours:
-            touched |= await _store_task(session, task, server_project, settings, report)
+            touched |= await _store_task(session, task, opinions, server_project, report)
         # By key, so that two pulls at once can't lock each other out on PostgreSQL.
         for item_id in sorted(touched):
             item = await session.get(ReviewItem, item_id, with_for_update=True)
@@ -193,8 +195,25 @@ async def _store(
                 report.labels[label.state] += 1
 
 
+async def _opinions(database: Database, tasks: Sequence[SeenTask], settings: LabelingSettings) -> dict[int, Opinion]:
+    """By annotation, redacted. Before the transaction and in a thread: a model may be asked, and nobody waits for it.
+
+    One whose names can't be recognised is missing: the next sweep finds that we lack it.
+    """
+    condition = col(ReviewItem.id).in_({task.item_id for task in tasks})
+    async with database.read() as session:
+        items = {item.id: item for item in (await session.execute(select(ReviewItem).where(condition))).scalars()}
+    said = {
+        annotation.id: (items[task.item_id], read_result(annotation.result))
+        for task in tasks
+        if task.item_id in items
+        for annotation in task.annotations
+    }
+    return await asyncio.to_thread(redacted_opinions, said, settings.redaction)
+
+
 async def _store_task(
-    session: AsyncSession, task: SeenTask, server_project: int, settings: LabelingSettings, report: PullReport
+    session: AsyncSession, task: SeenTask, opinions: Mapping[int, Opinion], server_project: int, report: PullReport
 ) -> set[str]:
     """The items to settle. Nothing is stored of withdrawn items: their data was to go."""
     assert task.item_id is not None
@@ -212,7 +231,9 @@ async def _store_task(
     # Also where nothing changed: `annotations_per_item` may have.
     touched = {item.id}
     for seen in task.annotations:
-        concerned = await _store_annotation(session, item, seen, server_project, settings)
+        if seen.id not in opinions:
+            continue
+        concerned = await _store_annotation(session, item, seen, opinions[seen.id], server_project)
         report.annotations += bool(concerned)
         touched |= concerned
     if item.task_id == task.id:  # a duplicate task shows only its own annotations
@@ -236,11 +257,11 @@ def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> int:
 
 
 async def _store_annotation(
-    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings
+    session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, opinion: Opinion, server_project: int
 ) -> set[str]:
     """The items concerned: two where a restored server gave an old annotation's number to another task."""
     row = await session.get(Annotation, (server_project, seen.id))
-    new = _annotation(item, seen, server_project, settings)
+    new = _annotation(item, seen, meant(item, opinion), server_project)
     if row is not None and row.created_at != new.created_at:
         await keep_lost(session, row)
         row = None
@@ -255,11 +276,7 @@ async def _store_annotation(
     return {former, item.id}
 
 
-def _annotation(item: ReviewItem, seen: SeenAnnotation, server_project: int, settings: LabelingSettings) -> Annotation:
-    opinion = read_result(seen.result)
-    if item.gold_id is None:  # a gold question and its right answer are the operator's own words
-        opinion = redacted_opinion(opinion, item, settings.redaction)
-    opinion = meant(item, opinion)
+def _annotation(item: ReviewItem, seen: SeenAnnotation, opinion: Opinion, server_project: int) -> Annotation:
     return Annotation(
         labelling_project=server_project,
         annotation_id=seen.id,

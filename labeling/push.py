@@ -49,7 +49,9 @@ async def push(database: Database, server: LabelStudioServer, project: str, sett
     items = await _with_gold(database, project, items, settings)
     target = (await labelling_project(database, server, project, settings, sure=True)).server_project
     report.removed += await _remove_withdrawn(database, server, target, withdrawn)
-    await bring_up_to_date(database, [item for item in items if item.gold_id is None], settings.redaction)
+    plain = [item for item in items if item.gold_id is None]
+    fit = {item.id for item in await bring_up_to_date(database, plain, settings.redaction)}
+    items = [item for item in items if item.gold_id is not None or item.id in fit]
     for start in range(0, len(items), TASKS_PER_IMPORT):
         await _push_some(database, server, target, items[start : start + TASKS_PER_IMPORT], settings, report)
     await offer_again(database, server, project, target)

@@ -11,6 +11,7 @@ from sqlmodel import col, select
 
 from labeling.agreement import CORRECTING
 from labeling.database import Database, now
+from labeling.entry import HELD_BACK
 from labeling.labeling_screen import content_text
 from labeling.proportions import Proportion, difference
 from labeling.tables import Chosen, EntryCount, Feedback, ItemState, Label, LabelState, ReviewItem
@@ -112,7 +113,7 @@ async def _rules(session: AsyncSession, project: str) -> dict[str, dict[str, int
 
 
 async def _held_back(session: AsyncSession, project: str) -> dict[str, dict[str, Any]]:
-    """By cap: how many wait, since when the oldest, and when the next may enter."""
+    """By cap, or `names` (could not be recognised): how many wait, since when, and when the next may enter."""
     columns: tuple[Any, ...] = (
         col(Feedback.entry),
         func.count(),
@@ -124,7 +125,7 @@ async def _held_back(session: AsyncSession, project: str) -> dict[str, dict[str,
         select(*columns).where(col(Feedback.project) == project, held).group_by(col(Feedback.entry))
     )
     return {
-        str(entry).removeprefix("held back: "): {
+        str(entry).removeprefix(HELD_BACK): {
             "waiting": count,
             "oldest": oldest.isoformat(),
             "enters_from": until.isoformat(),

@@ -167,6 +167,14 @@ class RedactionSettings(Strict):
         (), description="Public values that are no secret, such as your own hotline; @example.com keeps a mail domain"
     )
     patterns: tuple[OwnPattern, ...] = Field((), max_length=50, description="More kinds, by regular expression")
+    names_model_dir: Path | None = Field(
+        None, description="Local folder of a spaCy pipeline that finds persons; without one, names are not replaced"
+    )
+
+    @property
+    def names_model(self) -> Path | None:
+        """Of the recogniser to ask; None where names are not replaced."""
+        return self.names_model_dir if self.enabled and Kind.NAME not in self.leave_out else None
 
     @model_validator(mode="after")
     def _once(self) -> RedactionSettings:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from labeling.agreement import labels_ready
+from labeling.name_recogniser import NamesNotRead
 from labeling.redaction.redactor import Redactor
 from labeling.shares import within_share
 from labeling.tables import GoodAnswer, ItemWording, Label, ReviewItem
@@ -19,6 +21,7 @@ from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving
 
 Row = dict[str, Any]
+Kept = TypeVar("Kept", Label, GoodAnswer)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,17 @@ async def good_answers(session: AsyncSession, project: str, limit: int) -> list[
 
 
 def redacted_labels(labels: Iterable[Label], by: Redactor) -> tuple[Label, ...]:
-    """Labels as today's settings would have them: those made before redaction was on, or a pattern added, too."""
-    return tuple(_redacted_label(label, by) for label in labels)
+    """Labels as today's settings would have them: those made before redaction was on, or a pattern added, too.
+
+    Without those whose names can't be recognised.
+    """
+    return tuple(_readable(labels, _redacted_label, by))
+
+
+def _readable(rows: Iterable[Kept], redact: Callable[[Kept, Redactor], Kept], by: Redactor) -> Iterator[Kept]:
+    for row in rows:
+        with contextlib.suppress(NamesNotRead):
+            yield redact(row, by)
 
 
 def _redacted_label(label: Label, by: Redactor) -> Label:
@@ -121,7 +133,7 @@ def _redacted_label(label: Label, by: Redactor) -> Label:
 
 
 def redacted_good_answers(answers: Iterable[GoodAnswer], by: Redactor) -> list[GoodAnswer]:
-    return [_redacted_good_answer(answer, by) for answer in answers]
+    return list(_readable(answers, _redacted_good_answer, by))
 
 
 def _redacted_good_answer(good: GoodAnswer, by: Redactor) -> GoodAnswer:

@@ -13,8 +13,9 @@ import structlog
 import uvicorn
 
 from labeling.database import Database
-from labeling.errors import Conflict
+from labeling.errors import Conflict, Unavailable
 from labeling.label_studio import LabelStudioServer
+from labeling.name_recogniser import NameRecogniser, close_all, name_recogniser
 from loop import lease
 from loop.aliases import AliasSwitch
 from loop.clients import Clients
@@ -110,13 +111,16 @@ async def compose(
         closing.push_async_callback(clients.label_studio.close)
         for replica in clients.replicas:
             closing.push_async_callback(replica.close)
+        recognisers = _name_recognisers(settings) if work else {}
+        closing.callback(close_all)
+        await _try_names(recognisers)
         projects = {project.name: project for project in settings.projects}
         runner = Runner(clients, projects, settings.vllm, settings.data_dir.resolve())
         hook_url = settings.label_studio.webhook_url or hook_url
         worker = Worker(runner, settings.mlflow, hook_url) if work else None
         if work and database.is_sqlite:  # under the data folder's lock: one process at a time
             await lease.free_all(database)
-        state = _with_checks(state, clients)
+        state = _with_checks(state, clients, recognisers)
         yield Installation(settings, stack, database, clients, state, runner, worker)
 
 
@@ -139,7 +143,22 @@ def _clients(settings: Settings, stack: Stack, database: Database, aliases: Alia
     )
 
 
-def _with_checks(state: AppState, clients: Clients) -> AppState:
+def _name_recognisers(settings: Settings) -> dict[str, NameRecogniser]:
+    """By the name of their check; of the projects that have names replaced."""
+    folders = dict.fromkeys(project.labeling.redaction.names_model for project in settings.projects)
+    return {f"names {folder.name}": name_recogniser(folder) for folder in folders if folder is not None}
+
+
+async def _try_names(recognisers: Mapping[str, NameRecogniser]) -> None:
+    """A folder that can't work ends the start; a child that is late only delays feedback, which waits for it."""
+    for name, recogniser in recognisers.items():
+        try:
+            log.info("names_replaced", model=await asyncio.to_thread(recogniser.check))
+        except Unavailable as error:
+            log.warning("names_unavailable", check=name, reason=str(error), hint=error.hint)
+
+
+def _with_checks(state: AppState, clients: Clients, recognisers: Mapping[str, NameRecogniser]) -> AppState:
     """/ready also tells of the systems that the night needs; their trouble stops no request."""
 
     async def label_studio() -> str:
@@ -150,7 +169,15 @@ def _with_checks(state: AppState, clients: Clients) -> AppState:
         return "answers"
 
     checks: dict[str, Check] = {"label_studio": label_studio, "mlflow": mlflow}
+    checks |= {name: _names_check(recogniser) for name, recogniser in recognisers.items()}
     return AppState(**{**vars(state), "checks": checks})
+
+
+def _names_check(recogniser: NameRecogniser) -> Check:
+    async def check() -> str:
+        return recogniser.last_known()
+
+    return check
 
 
 async def admin_key(installation: Installation) -> Path:

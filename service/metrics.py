@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 
+from labeling.name_recogniser import FAILURES
 from labeling.redaction.tally import REPLACED
 
 SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -62,7 +63,7 @@ class Metrics:
 
 
 class _Redacted:
-    """Counted by the folding in this process, which knows no registry."""
+    """Counted by the redaction in this process, which knows no registry."""
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(
@@ -71,3 +72,9 @@ class _Redacted:
         for (project, kind), places in sorted(REPLACED.items()):
             family.add_metric((project, kind), places)
         yield family
+        failed = CounterMetricFamily(
+            "nightschool_names_not_recognised", "Requests to the recogniser of names that failed", labels=("reason",)
+        )
+        for reason, requests in sorted(FAILURES.items()):
+            failed.add_metric((reason,), requests)
+        yield failed

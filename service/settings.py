@@ -17,7 +17,9 @@ from labeling.settings import LabelStudioSettings, Strict
 from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, ProjectSettings
 
 SECRET_KEYS = frozenset({"token", "password", "api_key", "access_key", "secret_key"})
-PATH_KEYS = frozenset({"data_dir", "base_dir", "held_out_file", "prompts_file", "folder", "embedding_model_dir"})
+PATH_KEYS = frozenset(
+    {"data_dir", "base_dir", "held_out_file", "prompts_file", "folder", "embedding_model_dir", "names_model_dir"}
+)
 
 
 class SettingsError(InvalidInput):

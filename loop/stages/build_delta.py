@@ -33,7 +33,9 @@ async def run(context: StageContext) -> Delta:
             session, project.name, project.replay.max_rows, project.labeling.annotators.share_of_delta
         )
         good = await examples.good_answers(session, project.name, project.gate.good_answers)
+    before = len(chosen.trained) + len(chosen.held_out) + len(good)
     chosen, good = await asyncio.to_thread(_redacted, chosen, good, project.labeling.redaction)
+    unread = _unread(before - len(chosen.trained) - len(chosen.held_out) - len(good))
     synced = context.take(SyncedLabels).notes
     _enough(len(chosen.new), chosen, project.min_labels, synced)
     replica = clients.replicas[0]
@@ -66,7 +68,7 @@ async def run(context: StageContext) -> Delta:
         replay_rows=len(trained) - new,
         base_rows=sum(row["kind"] == "replay" for row in kept),
         held_out_items=len(held_out),
-        notes=(*synced, *cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
+        notes=(*synced, *unread, *cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
     )
 
 
@@ -79,6 +81,10 @@ def _redacted(
         examples.redacted_labels(labels, by) for labels in (chosen.new, chosen.replay, chosen.held_out)
     )
     return replace(chosen, new=new, replay=replay, held_out=held_out), examples.redacted_good_answers(good, by)
+
+
+def _unread(rows: int) -> tuple[str, ...]:
+    return (f"{rows} labels and good answers left out: their names could not be recognised",) if rows else ()
 
 
 def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tuple[str, ...] = ()) -> None:

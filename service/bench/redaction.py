@@ -3,17 +3,21 @@
 A labelled value is found when every letter and digit of it is replaced under its own kind. A replaced place is right
 when every letter and digit in it belongs to a labelled value of that kind. The bars hold for the texts that the
 patterns were never tuned on; `detail` has every kind, each part of the texts apart.
+
+Names are measured apart, on texts of their own: what is measured is the model that tests and bench have, not yours.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labeling.name_recogniser import close_all, names_python
 from labeling.redaction.page import Kind, Span
 from labeling.redaction.redactor import Redactor
 from labeling.settings import RedactionSettings
@@ -22,8 +26,11 @@ from service.bench.figure import Figure, Say
 TUNED = "tune"
 UNTUNED = ("held_out", "later")  # written before the patterns, and after them
 TEXTS = Path(__file__).parent / "redaction_texts.jsonl"
+NAMES = Path(__file__).parent / "redaction_names.jsonl"
 PRECISION_BAR = 0.97
 RECALL_BAR = 0.93
+NAMES_PRECISION_BAR = 0.93
+NAMES_RECALL_BAR = 0.80
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,43 @@ def run(say: Say) -> list[Figure]:
     return [
         Figure("redaction_precision", tally.precision(kinds), PRECISION_BAR, detail=_listed(counts, tallies, kinds, 0)),
         Figure("redaction_recall", tally.recall(kinds), RECALL_BAR, detail=_listed(counts, tallies, kinds, 1)),
+        *_names(say),
     ]
+
+
+def _names(say: Say) -> list[Figure]:
+    folder = small_model()
+    if folder is None:
+        why = "not measured: there is no model; `make names` installs one"
+        return [
+            Figure("redaction_names_precision", math.nan, NAMES_PRECISION_BAR, detail=why),
+            Figure("redaction_names_recall", math.nan, NAMES_RECALL_BAR, detail=why),
+        ]
+    finder, texts = Redactor(RedactionSettings(names_model_dir=folder)), load(NAMES)
+    try:
+        tallies = {
+            part: measure([one for one in texts if one.part == part], say, finder) for part in (TUNED, UNTUNED[0])
+        }
+    finally:
+        close_all()
+    untuned, kinds, about = tallies[UNTUNED[0]], [Kind.NAME.value], f"{folder.name}, {len(texts)} texts"
+    return [
+        Figure(
+            "redaction_names_precision",
+            untuned.precision(kinds),
+            NAMES_PRECISION_BAR,
+            detail=_listed(about, tallies, kinds, 0),
+        ),
+        Figure(
+            "redaction_names_recall", untuned.recall(kinds), NAMES_RECALL_BAR, detail=_listed(about, tallies, kinds, 1)
+        ),
+    ]
+
+
+def small_model() -> Path | None:
+    """The folder of the English model in the environment that `make names` makes."""
+    packages = Path(names_python()).parent.parent.glob("lib/python3*/site-packages/en_core_web_sm*/meta.json")
+    return next((meta.parent for meta in sorted(packages)), None)
 
 
 def _listed(counts: str, tallies: dict[str, Tally], kinds: Sequence[str], which: int) -> str:
@@ -99,8 +142,8 @@ def _labelled(row: dict[str, Any]) -> Labelled:
     return Labelled(row["id"], row["part"], text, tuple(values))
 
 
-def measure(texts: Sequence[Labelled], say: Say = lambda _: None) -> Tally:
-    finder, tally = Redactor(RedactionSettings()), Tally()
+def measure(texts: Sequence[Labelled], say: Say = lambda _: None, finder: Redactor | None = None) -> Tally:
+    finder, tally = finder or Redactor(RedactionSettings()), Tally()
     for text in texts:
         spans = finder.spans(text.text)
         for value in text.values:

@@ -21,6 +21,7 @@ from labeling.database import Database
 from labeling.embeddings import embedder
 from labeling.errors import NightschoolError, Refused
 from labeling.label_studio import LabelStudioServer
+from labeling.name_recogniser import NameRecogniser
 from labeling.screen_upkeep import ScreenState, look
 from loop.adapter_files import base_digest, read_base_config
 from loop.mlflow_registry import Registry
@@ -79,6 +80,9 @@ async def examine(settings: Settings) -> list[Finding]:
     for folder in dict.fromkeys(project.labeling.embedding_model_dir for project in settings.projects):
         if folder is not None:
             found.append(await _try("embedding_model", _embeds(folder)))
+    for folder in dict.fromkeys(project.labeling.redaction.names_model for project in settings.projects):
+        if folder is not None:
+            found.append(await _try("names_model", _finds_names(folder)))
     return found
 
 
@@ -86,6 +90,17 @@ def _embeds(folder: Path) -> Callable[[], Awaitable[str]]:
     async def check() -> str:
         model = await asyncio.to_thread(embedder, folder)
         return f"{model.name}, {model.dimensions} dimensions"
+
+    return check
+
+
+def _finds_names(folder: Path) -> Callable[[], Awaitable[str]]:
+    async def check() -> str:
+        recogniser = NameRecogniser(folder)
+        try:
+            return await asyncio.to_thread(recogniser.check)
+        finally:
+            recogniser.close()
 
     return check
 

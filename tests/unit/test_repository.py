@@ -64,7 +64,7 @@ def test_no_file_holds(what: str) -> None:
 def test_constraints_are_plain_pins(path: Path) -> None:
     """name==version, nothing built for one machine only: no local version, no file, no address."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) > 100
+    assert len(lines) > 50
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
 
 
