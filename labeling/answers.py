@@ -34,13 +34,26 @@ def answer_text(value: Any) -> str:
     said = value.get("content")
     if isinstance(said, list):
         said = "".join(part["text"] for part in said)
-    return said or tool_calls_text(call["function"] for call in value["tool_calls"])
+    calls = tool_calls_text(call["function"] for call in value["tool_calls"]) if value.get("tool_calls") else ""
+    return "\n".join(filter(None, (said, calls)))
 
 
 def tool_calls_text(functions: Iterable[dict[str, Any]]) -> str:
     """Of {name, arguments} each, as the engine gives them: arguments are JSON in a string."""
     calls = [{"name": function["name"], "arguments": function["arguments"]} for function in functions]
     return msgspec.json.encode(calls).decode()
+
+
+def calls_tools(text: str) -> bool:
+    """Whether a text form ends with tool calls."""
+    last = text.rstrip().rpartition("\n")[2]
+    if not last.startswith('[{"name":'):
+        return False
+    try:
+        calls = msgspec.json.decode(last)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return False
+    return all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in calls)
 
 
 def _is_message(value: Any) -> bool:
@@ -57,7 +70,11 @@ def _message_mistake(message: dict[str, Any]) -> str | None:
         return "the message's content must be text, a list of text parts, or null"
     if not isinstance(calls, list | None) or not all(map(_is_call, calls or ())):
         return 'each of tool_calls must have function: {"name": text, "arguments": JSON in a string}'
-    return None if content or calls else "the message has neither content nor tool_calls"
+    return None if calls or _says(content) else "the message has neither content nor tool_calls"
+
+
+def _says(content: str | list[dict[str, Any]] | None) -> bool:
+    return bool(content.strip() if isinstance(content, str) else any(part["text"].strip() for part in content or ()))
 
 
 def _is_text_part(part: Any) -> bool:

@@ -142,10 +142,12 @@ class Database:
             await connection.run_sync(SQLModel.metadata.create_all)
 
     async def close(self) -> None:
+        """Its engines may be used again: they begin with new connections."""
         await self.engine.dispose()
         if self.writing_engine is not None:
             self.writing_engine.dispose()
         self._thread.shutdown(wait=False)
+        self._thread = ThreadPoolExecutor(1, "database")
 
 
 # PostgreSQL's classes for a server that is down, full, starting or read-only, and for transactions that lost.

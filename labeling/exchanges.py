@@ -93,12 +93,6 @@ def link(connection: Connection, rows: Sequence[Linkable]) -> None:
                 row.exchange_id = by_request.get(row.request_id)
 
 
-async def knows_session(session: AsyncSession, project: str, session_id: str) -> bool:
-    """Whether any exchange of that session is stored by now."""
-    known = select(col(Exchange.id)).where(col(Exchange.session_id) == session_id, col(Exchange.project) == project)
-    return (await session.execute(known.limit(1))).first() is not None
-
-
 class _OfProject(Protocol):
     project: str
 

@@ -34,6 +34,7 @@ from labeling.entry import Way
 from labeling.exchanges import link_waiting
 from labeling.folding import Folding
 from labeling.name_recogniser import NamesNotRead
+from labeling.question_form import collapsed
 from labeling.redaction.redactor import placeholders, redactor
 from labeling.redaction.tally import count_replaced
 from labeling.rescoring import queue_of, rescore
@@ -138,18 +139,24 @@ async def _cases(database: Database, feedback_ids: Sequence[str], settings: Labe
 
 
 def prompt_digest(messages: Sequence[dict[str, Any]]) -> str:
-    """Of role and content of every message, in NFKC, casefolded, white space collapsed; blocks of code verbatim."""
-    lines = [f"{_normal(message.get('role'))}\n{_normal(message.get('content'))}" for message in messages]
-    return "sha256:" + hashlib.sha256("\n\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    """Of role, content, name and tool calls of every message; `collapsed`, and blocks of code verbatim."""
+    lines = "\n\n".join(f"{_normal(m.get('role'))}\n{_normal(m.get('content'))}{_more(m)}" for m in messages)
+    return "sha256:" + hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _normal(content: Any) -> str:
     if (parts := text_parts(content)) is not None:
         content = " ".join(parts)
     plain = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
-    if holds_code_block(plain):
-        return unicodedata.normalize("NFC", plain).strip()
-    return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
+    return unicodedata.normalize("NFC", plain).strip() if holds_code_block(plain) else collapsed(plain)
+
+
+def _more(message: dict[str, Any]) -> str:
+    """Who speaks and what is called; not the calls' ids, which every request makes anew."""
+    calls = message.get("tool_calls")
+    called = [call.get("function", call) if isinstance(call, dict) else call for call in calls or ()]
+    said = {"name": message.get("name"), "tool_calls": called}
+    return "\n" + json.dumps(said, sort_keys=True) if any(said.values()) else ""
 
 
 def is_held_out(seed: str, share: float) -> bool:
@@ -170,6 +177,11 @@ class _Case:
     must_contain: list[str]
     reasons: list[str]
     redacted: dict[str, int]
+
+    @property
+    def lacks_choice(self) -> bool:
+        """It is said of a choice that its exchange does not have."""
+        return self.exchange is not None and self.feedback.choice >= len(self.exchange.answers)
 
     @property
     def served(self) -> str | None:
@@ -203,7 +215,7 @@ async def _fold_one(
     session: AsyncSession, folding: Folding, feedback: Feedback, case: _Case, settings: LabelingSettings
 ) -> bool:
     """False where a cap holds it back."""
-    goes, rule = entry.way(feedback, settings)
+    goes, rule = (Way.LEFT_OUT, "no such choice") if case.lacks_choice else entry.way(feedback, settings)
     if goes is Way.QUEUE:
         return await _enter(session, folding, feedback, case, rule, settings)
     feedback.folded_at = now()
@@ -240,7 +252,16 @@ async def _enter(
     await session.flush()
     session.add(_member(item, case))
     await entry.let_in(session, feedback, rule, settings.entry, item)
+    if case.exchange is not None:
+        await _bring_up_comments(session, case.exchange)
     return True
+
+
+async def _bring_up_comments(session: AsyncSession, exchange: Exchange) -> None:
+    """What was said of it while it was no problem yet: folded again, now that there is an item to show it with."""
+    shown = select(ItemMember.feedback_id).where(col(ItemMember.feedback_id) == col(Feedback.id)).exists()
+    said = (col(Feedback.exchange_id) == exchange.id) & (col(Feedback.kind) == FeedbackKind.COMMENT) & ~shown
+    await session.execute(update(Feedback).where(said).values(folded_at=None))
 
 
 def _member(item: ReviewItem, case: _Case) -> ItemMember:
@@ -361,8 +382,8 @@ def _add(item: ReviewItem, case: _Case) -> None:
         *item.reasons,
         *(reason for reason in dict.fromkeys(case.reasons) if reason not in item.reasons),
     ]
-    if item.state is not ItemState.OPEN:
-        return
+    if item.state is not ItemState.OPEN or (item.other_answer is not None and case.other_answer is None):
+        return  # two answers to choose from stay together
     if case.digest == item.prompt_digest:
         if case.answer != item.answer:
             item.uncertainty, item.uncertainty_tries = None, 0

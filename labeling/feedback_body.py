@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labeling.answers import FORMS, answer_mistake, answer_text
 from labeling.errors import InvalidInput
-from labeling.json_values import has_nul
+from labeling.json_values import DEEPEST, has_nul, is_deeper
 from labeling.tables import FeedbackKind
+from labeling.wording import same_wording
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Tag = Annotated[str, Field(max_length=4096)]
@@ -73,7 +74,7 @@ def parse(raw: Any) -> FeedbackBody:
     wrong = {mistake["field"].split(".")[0] for mistake in mistakes}
     more = (
         {"field": field, "message": message}
-        for field, message in chain(_reference(raw), _value(raw), _messages(raw), _nul(raw))
+        for field, message in chain(_reference(raw), _value(raw), _messages(raw), _nul(raw), _deep(raw))
         if field.split(".")[0] not in wrong
     )
     mistakes = list(islice(chain(mistakes, more), MISTAKES_NAMED))
@@ -141,7 +142,7 @@ def _preference(value: Any) -> Iterator[tuple[str, str]]:
     mistakes = {name: mistake for name, answer in value.items() if (mistake := answer_mistake(answer))}
     for name, mistake in mistakes.items():
         yield f"value.{name}", f"an answer is {FORMS}: this {mistake}"
-    if not mistakes and answer_text(value["chosen"]) == answer_text(value["rejected"]):
+    if not mistakes and same_wording(answer_text(value["chosen"]), answer_text(value["rejected"])):
         yield "value", "chosen and rejected are the same answer"
 
 
@@ -164,3 +165,9 @@ def _nul(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for field, value in raw.items():
         if has_nul(value) or "\0" in field:
             yield field.replace("\0", "\\0"), "contains the character U+0000"
+
+
+def _deep(raw: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for field, value in raw.items():
+        if is_deeper(value):
+            yield field, f"lists and objects may be nested in {DEEPEST} levels"

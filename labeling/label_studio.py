@@ -224,7 +224,8 @@ class LabelStudioServer:
             part = wanted[start : start + IDS_PER_QUERY]
             condition = _condition(f"data.{ITEM_KEY}", "in_list", "String", part)
             async for task in self._tasks(project_id, [condition], _LIGHT):
-                found.setdefault(str(task.item_id), []).append(task)
+                if task.item_id is not None:  # made by hand from an export of ours: nobody's duplicate
+                    found.setdefault(task.item_id, []).append(task)
         return found
 
     async def import_tasks(self, project_id: int, tasks: Sequence[NewTask]) -> None:

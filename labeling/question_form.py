@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import east_asian_width
 
 from labeling.question_words import (
     ABOUT_SPELLING,
@@ -55,7 +56,7 @@ class QuestionForm:
 
     context: str
     tokens: tuple[Token, ...]
-    moved: tuple[str, ...]  # sorted: the auxiliaries of a question, wherever they stood
+    moved: tuple[str, ...]  # the auxiliaries of a question, wherever they stood, in their order
 
     @property
     def key(self) -> int:
@@ -73,7 +74,7 @@ def question_form(messages: Sequence[dict[str, Any]]) -> QuestionForm | None:
     if any(text is None for text in texts) or sum(len(text or "") for text in texts) > LONGEST:
         return None
     roles = [str(message.get("role")) for message in messages]
-    context = "\n\n".join(f"{role}\n{_collapsed(text or '')}" for role, text in zip(roles[:-1], texts, strict=False))
+    context = "\n\n".join(f"{role}\n{collapsed(text or '')}" for role, text in zip(roles[:-1], texts, strict=False))
     return _taken_apart(hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest(), texts[-1] or "")
 
 
@@ -105,8 +106,18 @@ def _text(message: dict[str, Any]) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _collapsed(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def collapsed(text: str) -> str:
+    """Equal for texts that differ in white space, in Unicode form and width, and, where there is no code, in case.
+
+    Not in NFKC, for which 2⁵ is 25.
+    """
+    plain = text if text.isascii() else unicodedata.normalize("NFC", "".join(map(_of_one_width, text)))
+    plain = " ".join(plain.split())
+    return plain if looks_like_code(plain) else " ".join(plain.casefold().split())
+
+
+def _of_one_width(char: str) -> str:
+    return unicodedata.normalize("NFKC", char) if east_asian_width(char) in "FH" else char
 
 
 def _taken_apart(context: str, text: str) -> QuestionForm | None:
@@ -123,7 +134,7 @@ def _taken_apart(context: str, text: str) -> QuestionForm | None:
     moved = [token.text for token in words if token.text in MOVABLE]
     if not _asks(words) or len(moved) > MOVED_AT_MOST:
         return QuestionForm(context, tuple(words), ())
-    return QuestionForm(context, tuple(w for w in words if w.text not in MOVABLE), tuple(sorted(moved)))
+    return QuestionForm(context, tuple(w for w in words if w.text not in MOVABLE), tuple(moved))
 
 
 def _tokens(text: str) -> list[Token]:

@@ -13,13 +13,12 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from labeling.bulk import BulkInsert
 from labeling.database import Database, TransactionLost
 from labeling.errors import InvalidInput, NightschoolError, Unavailable
-from labeling.exchanges import knows_session, link, link_new
+from labeling.exchanges import link, link_new
 from labeling.feedback_body import FeedbackBody
 from labeling.new_feedback import NewFeedback, new_feedback
 from labeling.reporters import Reporters
@@ -108,7 +107,7 @@ class IngestWriter:
         """Whether each would be linked by now; nothing is stored."""
         async with self._database.read() as session:
             await link_new(session, rows)
-            return [row.exchange_id is not None or await _of_known_session(session, row) for row in rows]
+            return [row.exchange_id is not None for row in rows]
 
     def waiting(self) -> int:
         return self._rows
@@ -199,8 +198,8 @@ class IngestWriter:
         for _ in range(TRIES - 1):
             try:
                 return await self._commit(batch)
-            except TransactionLost as error:
-                log.info("feedback_commit_repeated", error=str(error))
+            except (TransactionLost, IntegrityError) as error:  # the latter: an exchange that retention took meanwhile
+                log.info("feedback_commit_repeated", error=type(error).__name__)
         return await self._commit(batch)
 
     async def _commit(self, batch: list[Submission]) -> Sequence[Settled]:
@@ -224,11 +223,6 @@ class IngestWriter:
             for one, answer in zip(batch, answers, strict=True)
         ]
         return settled, fresh
-
-
-async def _of_known_session(session: AsyncSession, row: NewFeedback) -> bool:
-    named = row.completion_id is None and row.request_id is None and row.session_id is not None
-    return named and await knows_session(session, row.project, str(row.session_id))
 
 
 def _resolve(entry: _Entry, settled: Settled) -> None:

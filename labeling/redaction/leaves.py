@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# A type, a comma, and no white space: prose that begins so is a text like any other.
-DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[^,;\s]+)*,\S*")
+_NOT_IN_TYPE = re.compile(r"[^\w.+/;=-]")
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/_=-]")
 LEFT_ALONE = frozenset({"role", "type", "id", "tool_call_id"})
 
 
 def texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if not DATA_URL.fullmatch(value):
+        if not _is_data_url(value):
             yield value
     elif isinstance(value, list | tuple):
         for item in value:
@@ -30,7 +30,7 @@ def texts(value: Any) -> Iterator[str]:
 def changed(value: Any, change: Callable[[str], str]) -> Any:
     """A copy with every text changed; a whole number becomes a text where its digits would be."""
     if isinstance(value, str):
-        return value if DATA_URL.fullmatch(value) else change(value)
+        return value if _is_data_url(value) else change(value)
     if isinstance(value, list | tuple):
         return [changed(item, change) for item in value]
     if isinstance(value, dict):
@@ -39,3 +39,11 @@ def changed(value: Any, change: Callable[[str], str]) -> Any:
         written = change(str(value))
         return value if written == str(value) else written
     return value
+
+
+def _is_data_url(text: str) -> bool:
+    """Nothing but base64 behind its type: prose that begins so is a text like any other."""
+    if not text.startswith("data:"):
+        return False
+    kind, _, data = text.removeprefix("data:").partition(";base64,")
+    return bool(data) and not _NOT_IN_TYPE.search(kind) and not _NOT_BASE64.search(data)

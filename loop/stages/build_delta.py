@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pydantic import ValidationError
 
+from labeling.answers import calls_tools
 from labeling.database import insert_or_nothing
 from labeling.redaction.redactor import redactor
 from labeling.settings import RedactionSettings
@@ -146,6 +147,10 @@ def trainable(rows: list[examples.Row]) -> tuple[list[examples.Row], tuple[str, 
     """One conversation that the trainer can't take (pictures, tool calls) is left out and named: it stops no night."""
     kept, unfit = [], []
     for row in rows:
+        if calls_tools(row["messages"][-1]["content"]):
+            # As a text they would teach the model to write calls instead of making them.
+            unfit.append(f"{row['id']} left out of training: its right answer calls tools, which no row can hold")
+            continue
         try:
             Row.model_validate(row)
         except ValidationError as error:

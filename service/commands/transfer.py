@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -184,7 +185,7 @@ def _cut(report: Path, size: int) -> None:
 
 def _fitting(batch: Batch, longest: int) -> Iterator[Batch]:
     """One batch, or, where it is more than a request may hold, each of its halves."""
-    lines = batch.body.splitlines(keepends=True)
+    lines = re.findall(rb"[^\n]*\n|[^\n]+", batch.body)  # splitlines() ends lines at a bare \r, too
     if len(batch.body) <= longest or len(lines) == 1:
         yield batch
         return

@@ -103,7 +103,7 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
         select(Feedback, ReviewItem)
         .join(ItemMember, col(ItemMember.feedback_id) == col(Feedback.id), isouter=True)
         .join(ReviewItem, col(ReviewItem.id) == col(ItemMember.item_id), isouter=True)
-        .where(col(Feedback.id) == _our_id(feedback_id))
+        .where(col(Feedback.id).in_({feedback_id, _our_id(feedback_id)}))
     )
     async with database.read() as session:
         found = (await session.execute(statement)).one_or_none()
@@ -122,7 +122,7 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
 
 
 def _our_id(feedback_id: str) -> str:
-    """POST /feedback names its feedback by a UUID."""
+    """POST /feedback names its feedback by a UUID; imported ones keep the one that they had."""
     try:
         return f"fb_{uuid.UUID(feedback_id).hex}"
     except ValueError:

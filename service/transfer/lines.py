@@ -11,10 +11,13 @@ from sqlmodel import SQLModel
 
 from labeling.errors import InvalidInput
 from labeling.feedback_body import InvalidFeedback, parse
-from labeling.json_values import has_nul, is_deeper
+from labeling.json_values import DEEPEST, has_nul, is_deeper
 from service.ingest import feedback_row
 from service.transfer import langfuse, openai_pairs, own_rows, tensorzero
 from service.transfer.reading import LineRefused, Options, Row, identity_of, name, when
+
+BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
+WRAPPED = 4  # levels that a line has around what is stored
 
 
 class UnknownFormat(InvalidInput):
@@ -74,13 +77,13 @@ def format_named(given: str | None) -> Format | None:
 def rows_of(line: bytes, known: Format | None, options: Options) -> list[SQLModel]:
     """[]: left out. An API's page, {"data": [...]}, or a list on one line is as many rows as it holds."""
     try:
-        found = msgspec.json.decode(line)
+        found = msgspec.json.decode(line.removeprefix(BOM))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         hint = ": a list over many lines becomes one object a line with `jq -c '.[]'`" if line.strip() == b"[" else ""
         raise LineRefused(f"not JSON: {error}{hint}") from None
     except RecursionError:
         raise LineRefused("nested too deeply") from None
-    if is_deeper(found):
+    if is_deeper(found, DEEPEST + WRAPPED):
         raise LineRefused("nested too deeply")
     if has_nul(found):
         raise LineRefused("it contains the character U+0000")

@@ -12,6 +12,7 @@ from datetime import date, datetime
 from functools import partial
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Date, Enum, Float, Integer, String, Table
 from sqlmodel import SQLModel
 
@@ -82,7 +83,7 @@ def row_of(model: type[SQLModel], given: Row, options: Options) -> SQLModel:
     columns = {column.name: column for column in table_of(model).columns}
     if unknown := sorted(given.keys() - columns.keys()):
         raise LineRefused(f"{model.__tablename__} has no column {', '.join(unknown)}: of a later release?")
-    values = {key: _value(columns[key], value) for key, value in given.items()}
+    values = {key: _value(model, columns[key], value) for key, value in given.items()}
     missing = [key for key, known in model.model_fields.items() if known.is_required() and key not in values]
     if missing:
         raise LineRefused(f"{model.__tablename__}: {', '.join(missing)} is missing")
@@ -94,9 +95,9 @@ def row_of(model: type[SQLModel], given: Row, options: Options) -> SQLModel:
     return model(**values)
 
 
-def _value(column: Column[Any], value: Any) -> Any:
+def _value(model: type[SQLModel], column: Column[Any], value: Any) -> Any:
     if isinstance(column.type, JSON):
-        return value
+        return _json_of(model, column.name, value)
     if value is None:
         if not column.nullable:
             raise LineRefused(f"{column.name} is null")
@@ -105,6 +106,14 @@ def _value(column: Column[Any], value: Any) -> Any:
     if fitting is None:
         raise LineRefused(f"{column.name}: {str(value)[:80]!r} does not fit")
     return fitting
+
+
+def _json_of(model: type[SQLModel], name: str, value: Any) -> Any:
+    """As the model declares it: a list of texts, a map, messages."""
+    try:
+        return TypeAdapter[Any](model.model_fields[name].annotation or Any).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise LineRefused(f"{name}: {error.errors()[0]['msg']}") from None
 
 
 def _fitting(column: Column[Any], value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -484,3 +486,58 @@ async def test_thousands_of_mistakes_are_named_briefly(client: httpx.AsyncClient
     few = [{"role": 1, "content": 2}] * 400
     answer = await client.post(PATH, json={"kind": "flag", "answer": "a", "messages": few})
     assert len(answer.json()["errors"]) == 100
+
+
+async def test_a_choice_that_is_not_there_makes_nothing(database: Database) -> None:
+    """Neither an item with an empty answer nor an empty good answer; why stands with the feedback."""
+    said = exchange()
+    liked = feedback(said, kind=FeedbackKind.RATING, value=True, choice=7)
+    await store(database, said, feedback(said, choice=1), liked)
+    await fold(database, PROJECT, LabelingSettings())
+    assert {row.entry for row in await rows(database, Feedback)} == {"left out: no such choice"}
+    assert await rows(database, ReviewItem) == []
+    assert await rows(database, GoodAnswer) == []
+
+
+async def test_two_answers_to_choose_from_stay_together(database: Database) -> None:
+    """A flag of the same prompt is counted, and takes neither away."""
+    said = exchange(answer="Nobody")
+    pair = feedback(said, kind=FeedbackKind.PREFERENCE, value={"chosen": "Ann", "rejected": "Nobody"})
+    await store(database, said, pair)
+    await fold(database, PROJECT, LabelingSettings())
+    again = exchange(answer="Bob")
+    await store(database, again, feedback(again))
+    await fold(database, PROJECT, LabelingSettings())
+    (item,) = await rows(database, ReviewItem)
+    assert (item.count, item.answer, item.other_answer) == (2, "Nobody", "Ann")
+
+
+async def test_a_comment_before_the_flag_is_shown(database: Database) -> None:
+    """To whoever labels it, once the exchange is a problem."""
+    said = exchange()
+    await store(database, said, feedback(said, kind=FeedbackKind.COMMENT, comment="We close at six."))
+    await fold(database, PROJECT, LabelingSettings())
+    await store(database, feedback(said))
+    await fold(database, PROJECT, LabelingSettings())
+    assert {member.comment for member in await rows(database, ItemMember)} == {"We close at six.", None}
+    (item,) = await rows(database, ReviewItem)
+    assert item.count == 1
+
+
+async def test_numbers_and_depths_that_cannot_be_kept_are_mistakes(running: Service, client: httpx.AsyncClient) -> None:
+    """Of their line alone: none is an error of ours, and the others are stored."""
+    huge, deep = "9" * 400, "[" * 70 + "]" * 70
+    lines = [
+        '{"kind": "flag", "exchange_id": "x"}',
+        json.dumps({"kind": "rating", "exchange_id": "x", "value": {"stars": int(huge)}}),
+        json.dumps({"kind": "rating", "exchange_id": "x", "value": int(huge)}),
+        f'{{"kind": "correction", "exchange_id": "x", "value": {deep}}}',
+        '{"kind": "correction", "exchange_id": "x", "value": {"role": "assistant", "content": "  "}}',
+        '{"kind": "preference", "exchange_id": "x", "value": {"chosen": "a", "rejected": "a "}}',
+    ]
+    answer = await client.post(PATH, content="\n".join(lines), headers={"Content-Type": "application/x-ndjson"})
+    told = answer.json()
+    assert (answer.status_code, told["accepted"], told["refused"]) == (207, 1, 5)
+    assert await count(running.database, Feedback) == 1
+    metric = {"inference_id": str(uuid.uuid4()), "metric_name": "m", "value": int(huge)}
+    assert (await client.post("/feedback", content=json.dumps(metric))).status_code < 500

@@ -343,3 +343,32 @@ async def test_every_look_up_is_by_an_index(database: Database) -> None:
                 )  # the index's first few
                 assert "(project=?)" not in line or newest, (line, text)
                 assert "ix_exchanges_age" not in line, (line, text)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is 2⁵?", "What is 25?", False),
+        ("Is print(X) right?", "Is print(x) right?", False),
+        ("ＡＢＣ？", "abc?", True),
+        ("Was  ist das?", "was ist\ndas?", True),
+        ("cafe\u0301?", "Caf\u00e9?", True),
+    ],
+)
+def test_identical_prompts(one: str, other: str, same: bool) -> None:
+    """White space, width, case outside of code and composed letters are free; a power is no number beside another."""
+    assert (prompt_digest(asked(one)) == prompt_digest(asked(other))) is same
+
+
+def test_what_is_called_and_who_speaks_belong_to_a_prompt() -> None:
+    """The calls' ids do not: each request makes them anew."""
+
+    def digest(**message: Any) -> str:
+        return prompt_digest([*asked("Weather?"), {**CALL, **message}])
+
+    other = {"id": "1", "function": {"name": "news", "arguments": "{}"}}
+    assert digest() == digest(tool_calls=[{**CALL["tool_calls"][0], "id": "2"}])  # type: ignore[dict-item]
+    assert len({digest(), digest(tool_calls=[other]), digest(name="ann")}) == 3

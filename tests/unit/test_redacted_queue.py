@@ -74,6 +74,12 @@ async def test_an_item_holds_nothing_personal(database: Database) -> None:
     assert (await rows(database, Exchange))[0].messages[0]["content"] == f"Write to {MAIL}"
 
 
+@pytest.mark.parametrize("text", [f"data: mail {MAIL}", f"data:text/plain,{MAIL}", f"data:a/b;base64,QUJD,{MAIL}"])
+async def test_prose_that_begins_as_a_data_url_is_read(database: Database, text: str) -> None:
+    await flagged(database, text, "Yes.")
+    assert MAIL not in str((await one_item(database)).messages)
+
+
 async def test_prompts_that_differ_in_a_value_only_are_one(database: Database) -> None:
     """They train the same text; two items would be two labels for it."""
     await flagged(database, f"Is {MAIL} a customer?", "Yes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from labeling.answers import answer_text
 from labeling.tables import Label, LabelState, Verdict
 from loop.stages.build_delta import trainable
 from loop.training_examples import label_row
@@ -59,3 +60,16 @@ def test_one_picture_stops_no_night() -> None:
     )
     assert [found["id"] for found in kept] == ["c"]
     assert [line.split()[0] for line in unfit] == ["a", "b"]
+
+
+def test_a_right_answer_that_calls_tools_is_not_trained_as_text() -> None:
+    """Left out by name; JSON that is the answer itself trains."""
+    call = {"type": "function", "function": {"name": "door", "arguments": "{}"}}
+    said = answer_text({"role": "assistant", "content": "I look.", "tool_calls": [call]})
+    assert said.startswith("I look.")
+    rows = [row(name, {"role": "user", "content": "hi"}) for name in ("a", "b")]
+    rows[0]["messages"][-1]["content"] = said
+    rows[1]["messages"][-1]["content"] = '[{"name": "door"}]'
+    kept, unfit = trainable(rows)
+    assert [found["id"] for found in kept] == ["b"]
+    assert "calls tools" in unfit[0]

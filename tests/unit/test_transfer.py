@@ -350,3 +350,22 @@ async def test_times_are_kept_to_the_microsecond(database: Database, admin: http
         await session.execute(text("DELETE FROM exchanges"))
     await imported(admin, lines)
     assert [row.created_at for row in await rows(database, Exchange)] == [at]
+
+
+async def test_what_a_looping_model_wrote_stops_no_import(database: Database, admin: httpx.AsyncClient) -> None:
+    """Brackets that only look like JSON are text; numbers beyond all bounds are refused, with their line."""
+    loop = {**GENERATION, "id": "looped", "output": "[" * 5_000}
+    huge = {**SCORE, "id": "huge", "value": 10**400}
+    answer = await imported(admin, [loop, huge, CHAT])
+    assert [one["line"] for one in answer["refused"]] == [2]
+    assert answer["stored"] == {"exchanges": 2}
+    assert ["[" * 5_000] in [row.answers for row in await rows(database, Exchange)]
+
+
+async def test_a_line_of_ours_has_what_its_columns_hold(database: Database, admin: httpx.AsyncClient) -> None:
+    """Messages that are none would break the queue later; a byte order mark is no part of a line."""
+    item = ReviewItem(project=PROJECT, prompt_digest="d", messages=[], answer="So.").model_dump(mode="json")
+    lines = [own("review_items", {**item, "messages": 5}), own("review_items", {**item, "reasons": [7]})]
+    answer = await imported(admin, lines)
+    assert [one["line"] for one in answer["refused"]] == [1, 2]
+    assert (await imported(admin, b"\xef\xbb\xbf" + json.dumps(CHAT).encode()))["stored"] == {"exchanges": 1}
