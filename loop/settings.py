@@ -125,9 +125,17 @@ class TrainerSettings(Strict):
     batch_size: int = Field(8, ge=1, le=4096)
     warmup_share: float = Field(0.1, ge=0, le=1)
     scheduler: str = Field("linear", pattern="^(one_cycle|cosine|linear|constant)$")
+    optimizer: str = Field(
+        "adamw", pattern="^(adamw|adamw_8bit)$", description="adamw_8bit keeps its state in a quarter of the memory"
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     save_steps: int = Field(250, ge=1)
     max_length: int = Field(1024, ge=16, le=1_000_000)
+    packing: str = Field(
+        "auto",
+        pattern="^(auto|on|off)$",
+        description="Rows end to end in one sequence; auto: where no row can see another, else padded",
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1)
     replay_loss: str = Field(

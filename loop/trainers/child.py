@@ -127,6 +127,7 @@ def _train_and_write(
     from loop.trainers.checkpoints import CHECKPOINTS
     from loop.trainers.sft_loop import train
 
+    loaded_seconds = channel.elapsed_seconds()
     trained = train(spec, model, tokenizer, examples, digest, channel)
     result = TrainResult(
         run_digest=digest,
@@ -136,6 +137,9 @@ def _train_and_write(
         seconds=trained.seconds,
         final_loss=trained.final_loss,
         unquantised_steps=trained.unquantised_steps,
+        packed=trained.layout.packed,
+        not_packed=trained.layout.reason,
+        phases={"loaded": round(loaded_seconds, 2), **trained.phases},
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),

@@ -138,6 +138,28 @@ def _by_length(rows: list[int], lengths: Sequence[int], replay: Sequence[bool]) 
     return [next(short_first[replay[row]]) for row in rows]
 
 
-def heaviest(plan: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:
-    """The batch that needs most memory: most tokens once padded to its longest row."""
-    return max(plan, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+def parts_of(
+    rows: Sequence[int], lengths: Sequence[int], at_once: int | None, *, packed: bool = False
+) -> list[list[int]]:
+    """A step's rows in parts of at most `at_once` tokens, padding included; a longer row is a part of its own."""
+    parts: list[list[int]] = []
+    for row in rows:
+        wider = [*parts[-1], row] if parts else [row]
+        if parts and (at_once is None or weight(wider, lengths, packed=packed) <= at_once):
+            parts[-1] = wider
+        else:
+            parts.append([row])
+    return parts
+
+
+def weight(rows: Sequence[int], lengths: Sequence[int], *, packed: bool = False) -> int:
+    """Tokens that go through the model: padded to the longest row, or packed end to end."""
+    return sum(lengths[row] for row in rows) if packed else len(rows) * max(lengths[row] for row in rows)
+
+
+def heaviest(
+    plan: Sequence[list[int]], lengths: Sequence[int], at_once: int | None = None, *, packed: bool = False
+) -> list[int]:
+    """The part of a step that needs most memory."""
+    parts = (part for step in plan for part in parts_of(step, lengths, at_once, packed=packed))
+    return max(parts, key=lambda part: weight(part, lengths, packed=packed))

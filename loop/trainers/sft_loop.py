@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from datasets import Dataset
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
@@ -20,8 +21,11 @@ from transformers import PrinterCallback, TrainerCallback, get_scheduler, set_se
 from trl import SFTConfig, SFTTrainer
 
 from labeling.errors import NightschoolError
+from loop.trainers.base_states import BaseStates
+from loop.trainers.batches import Batches, Part
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
-from loop.trainers.loss import Amp, Batch, collate, retention_loss
+from loop.trainers.loss import Amp, retention_loss
+from loop.trainers.packing import Layout, choose
 from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
 from loop.trainers.rows import Example, heaviest, plan_batches
 from loop.trainers.served_base import FinishOnServedBase
@@ -48,6 +52,8 @@ class Trained:
     seconds: float
     final_loss: float
     unquantised_steps: int
+    layout: Layout
+    phases: dict[str, float]
     peak_memory_bytes: int
     device: str
 
@@ -55,8 +61,10 @@ class Trained:
 class RetentionTrainer(SFTTrainer):
     """trl's trainer; rows come tokenised, and batches from a plan made beforehand."""
 
-    def __init__(self, *, spec: TrainSpec, plan: list[list[int]], amp: Amp, **rest: Any) -> None:
-        self._spec, self._plan, self._amp = spec, plan, amp
+    def __init__(
+        self, *, spec: TrainSpec, plan: list[list[int]], batches: Batches, base: BaseStates, amp: Amp, **rest: Any
+    ) -> None:
+        self._spec, self._plan, self._batches, self._base, self._amp = spec, plan, batches, base, amp
         super().__init__(**rest)
         # trl casts the adapter of a quantised model to bfloat16, whose 8 bits swallow the small steps of a late
         # schedule: weights and optimizer stay in float32, products run in bfloat16.
@@ -65,22 +73,35 @@ class RetentionTrainer(SFTTrainer):
                 weight.data = weight.data.float()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator)
+        return DataLoader(range(len(self._batches.examples)), batch_sampler=self._plan, collate_fn=self._collate)
+
+    def _collate(self, rows: list[int]) -> dict[str, list[Part]]:
+        return {"parts": self._batches(rows)}
+
+    def training_step(self, model: Any, inputs: dict[str, list[Part]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a step's parts; the loss stays on the device, where nobody waits for it."""
+        self._base.for_step(model, self.state.global_step)
+        return self._train_on(model, inputs["parts"])
+
+    def _train_on(self, model: Any, parts: list[Part]) -> torch.Tensor:
+        model.train()
+        total = torch.zeros((), device=model.device)
+        for part in parts:
+            loss = self.compute_loss(model, part.to(model.device))
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Part, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        schedule = self._spec.schedule
-        loss = retention_loss(model, inputs, self._amp, schedule.replay_loss, schedule.kl_weight)
-        if not torch.isfinite(loss):
-            raise Diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
-        return loss
+        base = self._base.of(model, inputs.held_rows)
+        return retention_loss(model, inputs, self._amp, base, self._spec.schedule.kl_weight)
 
-    def try_heaviest(self, examples: Sequence[Example]) -> None:
+    def try_heaviest(self) -> None:
         """The batch that needs most memory goes first, without a step: out of memory shows in the first minute."""
-        batch = self.data_collator([vars(examples[row]) for row in heaviest(self._plan, _lengths(examples))])
-        self.model.train()
-        self.compute_loss(self.model, self._prepare_inputs(batch)).backward()
+        made = self._batches
+        self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
 
 
@@ -90,6 +111,7 @@ class Reporter(TrainerCallback):
     def __init__(self, channel: Channel, tokens: list[int], run_digest: str) -> None:
         self._channel, self._tokens, self._run_digest = channel, tokens, run_digest
         self._since = time.monotonic()
+        self.first_step_seconds = 0.0  # from the trainer's start to the first step's end
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = time.monotonic()
@@ -97,8 +119,11 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(f"the loss became {logs['loss']} at step {state.global_step}")
         if not math.isfinite(logs["grad_norm"]):
             raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
+        self.first_step_seconds = self.first_step_seconds or self._channel.elapsed_seconds()
         self._channel.step(
             Progress(
                 step=state.global_step,
@@ -120,18 +145,32 @@ def train(
     spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], run_digest: str, channel: Channel
 ) -> Trained:
     """Trains to the end of the plan, from the last complete checkpoint of the same run where there is one."""
+    amp = Amp(model.device.type, compute_dtype())
+    layout = choose(spec.lengths.packing, model, amp)
     plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
-    trainer = _trainer(spec, model, tokenizer, examples, plan)
-    trainer.add_callback(Reporter(channel, tokens, run_digest))
     finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan))
+    batches = Batches(
+        examples,
+        pad_id=tokenizer.pad_token_id or 0,
+        hold=spec.schedule.replay_loss == "kl",
+        packed=layout.packed,
+        at_once=spec.lengths.at_once,
+    )
+    base = BaseStates(batches, plan, amp, anew=[_finish_at(spec, len(plan))])
+    trainer = _trainer(spec, model, tokenizer, plan, batches=batches, base=base, amp=amp)
+    reporter = Reporter(channel, tokens, run_digest)
+    trainer.add_callback(reporter)
     trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
-    trainer.try_heaviest(examples)
+    phases = {"ready": channel.elapsed_seconds()}
+    trainer.try_heaviest()
+    phases["tried"] = channel.elapsed_seconds()
     set_seed(spec.seed)
     since = time.monotonic()
     checkpoint = last_complete(spec.out_dir / CHECKPOINTS, run_digest)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    phases |= {"first_step": reporter.first_step_seconds}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
     return Trained(
         model=trainer.model,
@@ -140,6 +179,8 @@ def train(
         seconds=round(time.monotonic() - since, 3),
         final_loss=sum(losses) / len(losses),
         unquantised_steps=finish.steps,
+        layout=layout,
+        phases={name: round(seconds, 2) for name, seconds in phases.items()},
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
         device=_device_words(model),
     )
@@ -149,26 +190,25 @@ def _finish_at(spec: TrainSpec, steps: int) -> int:
     return steps - round(spec.schedule.finish_share * steps) if spec.quantisation == "nf4" else steps
 
 
-def _trainer(
-    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], plan: list[list[int]]
-) -> RetentionTrainer:
-    optimizer = torch.optim.AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=spec.schedule.learning_rate,
-        weight_decay=0.0,
-        fused=True,
-    )
+def _trainer(spec: TrainSpec, model: Any, tokenizer: Any, plan: list[list[int]], **parts: Any) -> RetentionTrainer:
+    optimizer = _optimizer(model, spec.schedule)
     return RetentionTrainer(
         spec=spec,
         plan=plan,
-        amp=Amp(model.device.type, compute_dtype()),
         model=model,
         args=_arguments(spec, len(plan)),
-        data_collator=lambda rows: collate(rows, pad_id=tokenizer.pad_token_id or 0),
-        train_dataset=Dataset.from_list([vars(example) for example in examples]),
+        train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # never read: see get_train_dataloader
         processing_class=tokenizer,
         optimizers=(optimizer, _scheduler(optimizer, spec.schedule, len(plan))),
+        **parts,
     )
+
+
+def _optimizer(model: Any, schedule: ScheduleSpec) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if schedule.optimizer == "adamw_8bit":
+        return AdamW8bit(weights, lr=schedule.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
 
 
 def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
@@ -176,6 +216,7 @@ def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
         output_dir=str(spec.out_dir / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=spec.schedule.batch_size,
+        gradient_accumulation_steps=1,  # Unsloth's trl would take 2: half the steps, twice the batch
         max_grad_norm=spec.schedule.max_grad_norm,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide a loss gone wrong

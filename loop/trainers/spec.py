@@ -45,6 +45,7 @@ class ScheduleSpec(Strict):
     batch_size: int = Field(8, ge=1, le=4096)
     warmup_share: float = Field(0.1, ge=0, le=1)
     scheduler: Literal["one_cycle", "cosine", "linear", "constant"] = "linear"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     max_grad_norm: float = Field(1.0, gt=0, le=1000)
     save_steps: int = Field(250, ge=1)
     replay_loss: Literal["ce", "kl"] = "kl"
@@ -54,6 +55,8 @@ class ScheduleSpec(Strict):
 
 class LengthsSpec(Strict):
     max_length: int = Field(1024, ge=16, le=1_000_000, description="Tokens of a whole row, template included")
+    packing: Literal["auto", "on", "off"] = "auto"
+    at_once: int | None = Field(None, ge=1, description="Most tokens at once; a step with more is trained in parts")
 
 
 class TrainSpec(Strict):
@@ -119,6 +122,9 @@ class TrainResult(Strict):
     seconds: float
     final_loss: float
     unquantised_steps: int = 0  # the last ones, on the base as it is served
+    packed: bool = False  # rows end to end in one sequence; else padded, and `not_packed` says why
+    not_packed: str = ""
+    phases: dict[str, float] = Field(default_factory=dict)  # seconds from the trainer's start to each of its milestones
     peak_memory_bytes: int
     adapter_files: dict[str, str]
     packages: dict[str, str]
@@ -144,7 +150,7 @@ def render(
         quantisation=flat["quantisation"],
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
-        lengths=LengthsSpec(max_length=settings.max_length),
+        lengths=LengthsSpec(max_length=settings.max_length, packing=flat["packing"]),
         seed=settings.seed,
         threads=settings.threads,
         out_dir=out_dir,

@@ -27,6 +27,8 @@ def start() -> None:
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "1"  # batches are packed by us, or not at all
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "0"
     if not torch.cuda.is_available():
         raise NoAccelerator("Unsloth needs a GPU and this machine has none")
     try:
@@ -38,7 +40,11 @@ def start() -> None:
 def load(spec: TrainSpec, longest: int) -> Any:
     import torch
     from unsloth import FastLanguageModel
+    from unsloth.utils.packing import mark_allow_overlength
 
+    from loop.trainers.varlen_attention import use_in_unsloth
+
+    use_in_unsloth()
     model, _ = FastLanguageModel.from_pretrained(
         str(spec.base_dir),
         max_seq_length=longest,
@@ -46,6 +52,7 @@ def load(spec: TrainSpec, longest: int) -> Any:
         dtype=torch.bfloat16,
         local_files_only=True,
     )
+    mark_allow_overlength(model)  # a packed sequence is longer than any row; it would be cut
     return FastLanguageModel.get_peft_model(
         model,
         r=spec.lora.rank,

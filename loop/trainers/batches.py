@@ -1,0 +1,107 @@
+"""Rows of a step as tensors: padded to the longest, or packed end to end into one sequence whose rows don't see each
+other. A step with more tokens than fit at once comes in parts, whose gradients add up to the whole step's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from loop.trainers.rows import Example, parts_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through the model at once.
+
+    `at`: places in the flattened input whose next token is an answer's, labels' before replay's; of these the first
+    `len(targets)` are trained by cross entropy, the others held to the base. The two totals are the whole step's.
+    Packed: `positions` restart with every row and `starts` (rows + 1) are where rows begin, the end included.
+    """
+
+    input_ids: torch.Tensor  # rows x tokens; packed: 1 x tokens
+    at: torch.Tensor
+    targets: torch.Tensor
+    held_rows: tuple[int, ...]
+    total_targets: int
+    total_held: int
+    positions: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    longest: int = 0
+
+    def to(self, device: torch.device) -> Part:
+        """Without waiting for what the device is at: from pinned memory."""
+        held = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        if device.type == "cuda":
+            held = {name: value.pin_memory() for name, value in held.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in held.items()})
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes the parts of a step out of its rows' numbers. `hold`: replay rows are held to the base, not trained."""
+
+    examples: Sequence[Example]
+    pad_id: int
+    hold: bool
+    packed: bool = False
+    at_once: int | None = None  # tokens, padding included; a longer row goes alone
+
+    def __call__(self, rows: Sequence[int]) -> list[Part]:
+        split = parts_of(rows, self.lengths, self.at_once, packed=self.packed)
+        held = sum(self.answer_tokens(row) for row in rows if self._is_held(row))
+        targets = sum(self.answer_tokens(row) for row in rows) - held
+        return [replace(self._part(part), total_targets=targets, total_held=held) for part in split]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(example.tokens) for example in self.examples]
+
+    def answer_tokens(self, row: int) -> int:
+        return len(self.examples[row].tokens) - self.examples[row].answer_start
+
+    def _is_held(self, row: int) -> bool:
+        return self.hold and self.examples[row].replay
+
+    def _part(self, rows: Sequence[int]) -> Part:
+        """Trained rows first: what is trained and what is held are two slices then."""
+        rows = sorted(rows, key=self._is_held)
+        lengths = [self.lengths[row] for row in rows]
+        starts = [0, *accumulate(lengths)] if self.packed else [max(lengths) * row for row in range(len(rows))]
+        at: list[int] = []
+        targets: list[int] = []
+        for row, start in zip(rows, starts, strict=False):
+            example = self.examples[row]
+            at += range(start + example.answer_start - 1, start + len(example.tokens) - 1)
+            if not self._is_held(row):
+                targets += example.tokens[example.answer_start :]
+        part = Part(
+            input_ids=self._packed_ids(rows) if self.packed else self._padded_ids(rows, max(lengths)),
+            at=torch.tensor(at, dtype=torch.int64),
+            targets=torch.tensor(targets, dtype=torch.int64),
+            held_rows=tuple(row for row in rows if self._is_held(row)),
+            total_targets=len(targets),
+            total_held=len(at) - len(targets),
+        )
+        if not self.packed:
+            return part
+        return replace(
+            part,
+            positions=torch.cat([torch.arange(length) for length in lengths])[None],
+            starts=torch.tensor(starts, dtype=torch.int32),
+            longest=max(lengths),
+        )
+
+    def _packed_ids(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([[token for row in rows for token in self.examples[row].tokens]])
+
+    def _padded_ids(self, rows: Sequence[int], width: int) -> torch.Tensor:
+        """Padded on the right: causal attention then needs no mask."""
+        ids = torch.full((len(rows), width), self.pad_id)
+        for number, row in enumerate(rows):
+            ids[number, : len(self.examples[row].tokens)] = torch.tensor(self.examples[row].tokens)
+        return ids
