@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -147,6 +147,17 @@ class TrainerSettings(Strict):
         ge=0,
         lt=1,
         description="nf4 with peft: last share of the steps, on the unquantised base that is served, if memory allows",
+    )
+    memory_budget_gib: float | None = Field(
+        None, gt=0, le=100_000, description="The most that training takes, of the card or of this machine, and not more"
+    )
+    memory_share: float = Field(0.9, gt=0, le=1, description="Without a budget: of what is free when training starts")
+    checkpointing: Literal["auto", "off", "on", "offload"] = Field(
+        "auto",
+        description="Recompute activations (on), their inputs in host memory (offload); auto: the fastest that fits",
+    )
+    micro_tokens: int | None = Field(
+        None, ge=1, description="Most tokens at once, padding included; a batch of more is trained in parts"
     )
     hours_allowed: float = Field(8.0, gt=0, le=168)
 

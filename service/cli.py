@@ -329,6 +329,37 @@ def feedback_unlinked(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="1B, 3B, 7B, 8B, 13B, 32B, 70B or a model's folder.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Memory of a card, such as 24GiB.")] = "24GiB",
+    gpus: Annotated[int | None, typer.Option(min=1, max=64, help="How many such cards.")] = None,
+    length: Annotated[int, typer.Option(min=16, max=1_000_000, help="Tokens of the longest row.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Rows of a step.")] = 8,
+    method: Annotated[str | None, typer.Option(help="qlora, lora or full.")] = None,
+    rank: Annotated[int, typer.Option(min=1, max=512, help="Of the adapter.")] = 16,
+    backend: Annotated[str, typer.Option(help="unsloth or peft.")] = "unsloth",
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
+    as_json: AsJson = False,
+) -> None:
+    """What can be trained on a card, how, how fast, and what would help where it can't; needs no GPU."""
+    _call(
+        "commands.plan:run",
+        model=model or [],
+        gpu=gpu,
+        gpus=gpus,
+        length=length,
+        batch=batch,
+        method=method,
+        rank=rank,
+        backend=backend,
+        optimizer=optimizer,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which bench, or all.")] = "all",
     as_json: AsJson = False,

@@ -12,6 +12,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from labeling.errors import InvalidInput
 from labeling.settings import Strict
 from loop.digests import write_durably
+from loop.memory_plan import Plan
+from loop.memory_record import MemoryOutcome
 from loop.settings import LINEAR_LAYERS, TrainerSettings
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -59,6 +61,16 @@ class LengthsSpec(Strict):
     at_once: int | None = Field(None, ge=1, description="Most tokens at once; a step with more is trained in parts")
 
 
+class MemorySpec(Strict):
+    """How much memory a run may take, and the plans for it: the preflight's, made anew where they can't hold."""
+
+    budget_gib: float | None = Field(None, gt=0, le=100_000, description="None: `share` of what is free")
+    share: float = Field(0.9, gt=0, le=1)
+    checkpointing: Literal["auto", "off", "on", "offload"] = "auto"
+    micro_tokens: int | None = Field(None, ge=1, description="Most tokens at once; None: as the plan says")
+    plans: tuple[Plan, ...] = Field((), description="The first is followed; each next one takes clearly less")
+
+
 class TrainSpec(Strict):
     """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
 
@@ -72,6 +84,7 @@ class TrainSpec(Strict):
     lora: LoraSpec = LoraSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     lengths: LengthsSpec = LengthsSpec()
+    memory: MemorySpec = MemorySpec()
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1, le=1024)
     out_dir: Path
@@ -129,6 +142,7 @@ class TrainResult(Strict):
     adapter_files: dict[str, str]
     packages: dict[str, str]
     device: str
+    memory: MemoryOutcome | None = None  # None where the base's shape is not known
 
 
 def render(
@@ -151,10 +165,23 @@ def render(
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
         lengths=LengthsSpec(max_length=settings.max_length, packing=flat["packing"]),
+        memory=MemorySpec(
+            budget_gib=settings.memory_budget_gib,
+            share=settings.memory_share,
+            checkpointing=settings.checkpointing,
+            micro_tokens=settings.micro_tokens,
+        ),
         seed=settings.seed,
         threads=settings.threads,
         out_dir=out_dir,
     )
+
+
+def without_plan(spec: TrainSpec) -> TrainSpec:
+    """For a base whose memory can't be told: as the settings say, and where they leave it open, all is kept."""
+    if spec.memory.checkpointing != "auto":
+        return spec
+    return spec.model_copy(update={"memory": spec.memory.model_copy(update={"checkpointing": "off"})})
 
 
 def write_spec(spec: TrainSpec, path: Path) -> None:
@@ -200,7 +227,7 @@ def read_rows(data_dir: Path) -> list[Row]:
 def run_digest(spec: TrainSpec) -> str:
     """Of all that decides the adapter: the spec but for its places, and the rows. A checkpoint of another digest
     is never resumed."""
-    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads"})
+    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads", "memory"})
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     digest.update((spec.data_dir / ROWS_FILE).read_bytes())
     return f"sha256:{digest.hexdigest()}"

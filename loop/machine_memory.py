@@ -1,0 +1,90 @@
+"""How much memory this machine has to give: its first card's, or its own within the control group. No torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+QUERY = ("nvidia-smi", "--query-gpu=memory.total,memory.free,name", "--format=csv,noheader,nounits")
+SECONDS_TO_ASK = 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a training runs. `free` and `total` bytes; `compute_bytes` of a number in a matrix product."""
+
+    device: Literal["cuda", "cpu"]
+    name: str
+    total: int
+    free: int
+    compute_bytes: int
+
+    def budget(self, budget_gib: float | None, share: float) -> int:
+        """What the training may take: the setting, or a share of what is free."""
+        return int(budget_gib * 2**30) if budget_gib is not None else int(share * self.free)
+
+
+def this_machine() -> Machine:
+    """The card that a trainer started here would use, else the host."""
+    return _card() or host()
+
+
+def host() -> Machine:
+    flags = (PROC / "cpuinfo").read_text(encoding="ascii", errors="replace")
+    return Machine("cpu", "host memory", _meminfo("MemTotal"), available_bytes(), 2 if "avx512_bf16" in flags else 4)
+
+
+def available_bytes() -> int:
+    """What could be allocated now without swapping, also inside a container with a limit."""
+    free = _meminfo("MemAvailable")
+    limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
+    if limit is None or used is None:
+        return free
+    return min(free, max(0, limit - used + _statistic(CGROUP / "memory.stat", "inactive_file")))
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed a process for memory: more after a child's death than before tell why it died."""
+    return _statistic(PROC / "vmstat", "oom_kill") + _statistic(CGROUP / "memory.events", "oom_kill")
+
+
+def _card() -> Machine | None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in {"", "-1"}:
+        return None
+    try:
+        told = subprocess.run(
+            [*QUERY, f"--id={visible}"], capture_output=True, text=True, timeout=SECONDS_TO_ASK, check=True
+        )
+        total, free, name = (part.strip() for part in told.stdout.splitlines()[0].split(",", 2))
+        return Machine("cuda", name, int(total) * 2**20, int(free) * 2**20, 2)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # no card, or a driver that does not answer: the trainer will say what it finds
+
+
+def _meminfo(key: str) -> int:
+    for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _number(path: Path) -> int | None:
+    """None where there is no such file, or it says "max"."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)

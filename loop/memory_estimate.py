@@ -1,0 +1,238 @@
+"""How much memory a training step needs at its peak, item by item, from the model's sizes alone. No torch.
+
+Bytes are counted as autograd keeps them; the few constants that can't be counted are marked and calibrated on measured
+peaks (docs/trainer.md has the table, tests/unit/test_memory_plan.py compares).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from loop.model_shape import ALL_LAYERS, ModelShape
+
+Method = Literal["qlora", "lora", "full"]
+Checkpointing = Literal["off", "on", "offload"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Loss = Literal["chunked", "model"]
+
+MIB, GIB = 2**20, 2**30
+# NF4 with double quantisation: one byte for 64 weights, and four bytes for 256 of those (arXiv:2305.14314, section 3).
+CONSTANT_BYTES = 1 / 64 + 4 / (64 * 256)
+CUDA_CONTEXT = 600 * MIB  # kernels and libraries on the card before the first tensor: seen on an H100
+FRAGMENTS = 0.04  # of all that comes and goes: blocks that the allocator holds and can't hand out
+HOST_LIBRARIES = 700 * MIB  # resident after importing torch, transformers, peft and trl
+MATMUL_WORKSPACE = 64 * MIB  # cuBLAS
+LOSS_CHUNK = 256 * MIB  # logits in float32 that the trainers' loss makes at once, in tiles of so many tokens
+LOSS_TILE = 128
+HELD_STATES = 256 * MIB  # of the base's hidden states that are prepared ahead for rows held to it
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step's largest micro-batch: `tokens` in all, in rows of at most `length`, `scored` of them under the loss."""
+
+    tokens: int
+    length: int
+    scored: int
+    replay_scored: int = 0  # of these, held to the base by KL: their log-probabilities under the base are kept
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained and how. `compute_bytes` is the width of matrix products: 2 in bfloat16, 4 in float32."""
+
+    shape: ModelShape
+    method: Method = "qlora"
+    backend: Literal["peft", "unsloth"] = "unsloth"
+    rank: int = 16
+    targets: tuple[str, ...] = ALL_LAYERS
+    optimizer: Optimizer = "adamw"
+    loss: Loss = "chunked"
+    compute_bytes: int = 2
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpus: int = 1
+    eager_attention: bool = False
+
+    @property
+    def trained_parameters(self) -> int:
+        if self.method == "full":
+            return self.shape.parameters
+        return self.shape.adapter_parameters(self.rank, self.targets)
+
+    @property
+    def layers(self) -> int:
+        """On the fullest card: the layers are shared out among the cards."""
+        return -(-self.shape.layers // self.gpus)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak, on one card or of the process on a CPU; `host` is pinned memory beside it, not in the sum."""
+
+    weights: int
+    quantisation_constants: int
+    adapter: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    attention: int
+    logits: int
+    workspace: int
+    framework: int
+    host: int
+    moment: str  # the part of the step where the peak is
+
+    @property
+    def allocated(self) -> int:
+        """What the allocator hands out: `torch.cuda.max_memory_allocated`."""
+        return sum(getattr(self, item) for item in ITEMS if item != "framework")
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.framework
+
+
+ITEMS = tuple(field.name for field in fields(Estimate) if field.type == "int" and field.name != "host")
+
+
+def estimate(setup: Setup, work: Workload, checkpointing: Checkpointing) -> Estimate:
+    """The peak of a step: at the loss, or in a layer's backward pass."""
+    at_loss, in_layer = _moments(setup, work, checkpointing)
+    peak = at_loss if at_loss.bytes > in_layer.bytes else in_layer
+    weights, constants = _weights(setup)
+    workspace = peak.workspace + _held_states(setup, work) + (MATMUL_WORKSPACE if setup.device == "cuda" else 0)
+    return Estimate(
+        weights=weights,
+        quantisation_constants=constants,
+        adapter=0 if setup.method == "full" else 4 * _trained(setup),
+        gradients=(2 if setup.method == "full" else 4) * _trained(setup),
+        optimizer_states=_optimizer_bytes(setup) * _trained(setup),
+        activations=peak.activations,
+        attention=peak.attention,
+        logits=peak.logits,
+        workspace=workspace,
+        framework=_framework(setup, peak.bytes),
+        host=_boundaries(setup, work) if checkpointing == "offload" else 0,
+        moment=peak.name,
+    )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    name: str
+    activations: int
+    attention: int
+    logits: int
+    workspace: int
+
+    @property
+    def bytes(self) -> int:
+        return self.activations + self.attention + self.logits + self.workspace
+
+
+def _moments(setup: Setup, work: Workload, checkpointing: Checkpointing) -> tuple[_Moment, _Moment]:
+    """All layers' activations are there at both without checkpointing; with it, one layer's, and only in the second."""
+    layer, attention = work.tokens * kept_per_token(setup), _attention(setup, work)
+    logits, workspace = _logits(setup, work), _layer_workspace(setup, work)
+    if checkpointing == "off":
+        kept, attention = setup.layers * layer, setup.layers * attention
+        return _Moment("loss", kept, attention, logits, 0), _Moment("backward", kept, attention, 0, workspace)
+    boundary = work.tokens * setup.shape.hidden * setup.compute_bytes
+    held = _boundaries(setup, work) if checkpointing == "on" else 2 * boundary  # one coming back, one going out
+    return _Moment("loss", held, 0, logits, 0), _Moment("backward", held + layer, attention, 0, workspace)
+
+
+def _trained(setup: Setup) -> int:
+    if setup.method != "full":
+        return setup.trained_parameters * setup.layers // setup.shape.layers
+    return _on_fullest_card(setup)
+
+
+def _on_fullest_card(setup: Setup) -> int:
+    """Parameters: its share of the layers, and the table or the head."""
+    shape = setup.shape
+    table = shape.embedding_parameters if setup.gpus == 1 else shape.vocabulary * shape.hidden
+    return shape.linear_parameters * setup.layers // shape.layers + table
+
+
+def _weights(setup: Setup) -> tuple[int, int]:
+    """Bytes of weights and of NF4's constants. A full fine-tune holds bfloat16, and its optimizer a float32 copy."""
+    width = 2 if setup.method == "full" else setup.compute_bytes
+    if setup.method != "qlora":
+        return width * _on_fullest_card(setup), 0
+    linear = setup.shape.linear_parameters * setup.layers // setup.shape.layers
+    return linear // 2 + width * (_on_fullest_card(setup) - linear), round(CONSTANT_BYTES * linear)
+
+
+def _optimizer_bytes(setup: Setup) -> int:
+    """Two moments, of 4 bytes each or of one; and, beside the wide ones, a full fine-tune's float32 weights."""
+    if setup.optimizer == "adamw8bit":
+        return 2
+    return 12 if setup.method == "full" else 8
+
+
+def kept_per_token(setup: Setup) -> int:
+    """Bytes that autograd keeps of one token in one layer for its backward pass, attention's statistics left out.
+
+    Counted in the layers' code. Unsloth's fused kernels keep the inputs of norms (2h) and of projections (2h), query
+    and attention's result (2q), key and value (2k), gate and up (2i). transformers and peft keep the norms' float32
+    copies (2h of 4 bytes), an input of each adapted projection (3h, q, 2h, i), query and result (2q), key and value
+    (2k), and gate, its activation and up (3i).
+    """
+    shape, width = setup.shape, setup.compute_bytes
+    h, q, k, i = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    matrices = 2 if shape.gated else 1
+    if setup.method == "full":  # inputs are shared between projections that read the same one
+        norms = 2 * (4 + width) * h
+        return norms + width * (2 * h + 3 * q + 2 * k + (matrices + 2) * i)
+    if setup.backend == "unsloth":
+        return width * (4 * h + 2 * q + 2 * k + matrices * i)
+    adapted = {"q_proj": h, "k_proj": h, "v_proj": h, "o_proj": q, "gate_proj": h, "up_proj": h, "down_proj": i}
+    sides = shape.sides()
+    inputs = sum(adapted[name] for name in set(setup.targets) if name in sides)
+    return 2 * 4 * h + width * (inputs + 2 * q + 2 * k + (matrices + 1) * i)
+
+
+def _boundaries(setup: Setup, work: Workload) -> int:
+    return setup.layers * work.tokens * setup.shape.hidden * setup.compute_bytes
+
+
+def _attention(setup: Setup, work: Workload) -> int:
+    """Of one layer: a float32 a head and token with fused kernels; the whole square (scores, softmax) without."""
+    statistics = 4 * setup.shape.heads * work.tokens
+    if not setup.eager_attention:
+        return statistics
+    return setup.shape.heads * work.tokens * work.length * (4 + 2 * setup.compute_bytes)
+
+
+def _logits(setup: Setup, work: Workload) -> int:
+    """`model`: transformers' own loss over every token. `chunked`: the trainers', over the scored tokens, whose logits
+    are made a chunk at a time and of which only hidden states and their gradient stay."""
+    vocabulary, width = setup.shape.vocabulary, setup.compute_bytes
+    if setup.loss == "model":
+        if setup.backend == "unsloth":
+            return 0  # fused and in chunks that are small beside a layer's workspace
+        return work.tokens * vocabulary * (2 * width + 2 * 4)
+    state = setup.shape.hidden * width
+    chunk = min(work.scored, max(LOSS_CHUNK // (4 * vocabulary) // LOSS_TILE, 1) * LOSS_TILE)
+    # Logits, log-probabilities and the slope; for KL also the base's, and the products of both.
+    copies = 2 * width + (4 * 4 + width if work.replay_scored else 4)
+    return 2 * state * work.scored + chunk * vocabulary * copies
+
+
+def _held_states(setup: Setup, work: Workload) -> int:
+    return min(HELD_STATES, 32 * 2 * setup.shape.hidden * work.replay_scored)  # of 32 steps at most
+
+
+def _layer_workspace(setup: Setup, work: Workload) -> int:
+    """Gradients in flight in one layer's backward pass and, of NF4, the largest matrix in the products' width."""
+    shape, width = setup.shape, setup.compute_bytes
+    in_flight = work.tokens * width * (3 * shape.hidden + 2 * shape.intermediate)
+    return in_flight + (width * shape.largest_linear if setup.method == "qlora" else 0)
+
+
+def _framework(setup: Setup, comes_and_goes: int) -> int:
+    if setup.device == "cpu":
+        return HOST_LIBRARIES
+    return CUDA_CONTEXT + round(FRAGMENTS * comes_and_goes)

@@ -1,0 +1,91 @@
+"""Does a training fit onto a card, how, how fast, and if not, what would? For `nightschool plan`. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loop.memory_estimate import GIB, Estimate, Method, Setup, Workload
+from loop.memory_plan import Plan, itemised, plans_by_speed
+from loop.model_shape import ALL_LAYERS, ModelShape
+
+CARDS = (1, 2, 4, 8)
+SHORTEST = 256
+LEANER: dict[Method, tuple[Method, ...]] = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`card_bytes` of each card; `share` of them is for training. `batch` rows of `length` tokens make a step."""
+
+    shape: ModelShape
+    method: Method
+    card_bytes: int
+    gpus: int = 1
+    length: int = 4096
+    batch: int = 8
+    rank: int = 16
+    backend: str = "unsloth"
+    optimizer: str = "adamw"
+    share: float = 0.9
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(
+            shape=self.shape,
+            method=self.method,
+            backend="peft" if self.method == "full" or self.backend == "peft" else "unsloth",
+            rank=self.rank,
+            targets=tuple(name for name in ALL_LAYERS if name in self.shape.sides()),
+            optimizer="adamw8bit" if self.optimizer == "adamw_8bit" else "adamw",
+            gpus=self.gpus,
+        )
+
+    @property
+    def work(self) -> Workload:
+        """Every token under the loss: the worst."""
+        tokens = self.batch * self.length
+        return Workload(tokens=tokens, length=self.length, scored=tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The fastest plan that fits, or the leanest; `short` bytes are missing then, and `cures` would do."""
+
+    question: Question
+    plan: Plan
+    items: Estimate
+    short: int
+    cures: tuple[str, ...]
+
+
+def answer(question: Question) -> Answer:
+    plan = _best(question)
+    short = max(0, plan.estimated_bytes - plan.budget_bytes)
+    items = itemised(question.setup, question.work, plan)
+    return Answer(question, plan, items, short, _cures(question, plan) if short else ())
+
+
+def _best(question: Question) -> Plan:
+    budget = int(question.share * question.card_bytes)
+    plans = plans_by_speed(question.setup, question.work, budget)
+    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.estimated_bytes))
+
+
+def _cures(question: Question, plan: Plan) -> tuple[str, ...]:
+    """Each alone is enough."""
+    cures = [f"--method {method}" for method in LEANER[question.method] if _fits(replace(question, method=method))][:1]
+    if question.optimizer == "adamw" and _fits(replace(question, optimizer="adamw_8bit")):
+        cures.append("--optimizer adamw_8bit")
+    length = question.length // 2
+    while length >= SHORTEST and not _fits(replace(question, length=length)):
+        length //= 2
+    if length >= SHORTEST:
+        cures.append(f"--length {length}")
+    more = (count for count in CARDS if count > question.gpus and _fits(replace(question, gpus=count)))
+    if (count := next(more, 0)) != 0:
+        cures.append(f"--gpus {count}")
+    return (*cures, f"--gpu {-(-plan.estimated_bytes // int(question.share * GIB))}GiB")
+
+
+def _fits(question: Question) -> bool:
+    return _best(question).fits

@@ -1,0 +1,93 @@
+"""From a training spec, its rows and a machine to memory plans. No torch: preflight stage and trainers call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from loop.machine_memory import Machine
+from loop.memory_estimate import Checkpointing, Setup, Workload
+from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
+from loop.model_shape import read_shape
+from loop.trainers.spec import Row, TrainSpec
+
+EAGER_UP_TO_TOKENS = 128  # below, plain attention is a fifth faster on a CPU; above, it needs too much memory
+TEMPLATE_TOKENS = 64  # of a template's own system prompt
+MESSAGE_TOKENS = 16  # of the marks around each message
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """Tokens of a row, and how many of them are its answer."""
+
+    tokens: int
+    answer: int
+    replay: bool
+
+
+def heaviest_batch(sizes: Sequence[RowSize], batch_size: int) -> Workload:
+    """The worst that a batch of these rows can be: the longest row, padded to by as many as there are places."""
+    longest = max(size.tokens for size in sizes)
+    answers = sorted((size.answer for size in sizes), reverse=True)[:batch_size]
+    held = sorted((size.answer for size in sizes if size.replay), reverse=True)[:batch_size]
+    rows = min(batch_size, len(sizes))
+    return Workload(tokens=rows * longest, length=longest, scored=sum(answers), replay_scored=sum(held))
+
+
+def row_sizes(rows: Sequence[Row], base_dir: Path, max_length: int) -> list[RowSize]:
+    """Before the trainer has read them with the base's template: a little more than they will be.
+
+    Without a tokenizer.json, a byte counts as a token, which is more than any tokenizer makes.
+    """
+    count = _counter(base_dir)
+    sizes = []
+    for row in rows:
+        answer = count(row.messages[-1].content) + MESSAGE_TOKENS
+        prompt = TEMPLATE_TOKENS + sum(count(message.content) + MESSAGE_TOKENS for message in row.messages[:-1])
+        sizes.append(RowSize(min(answer + prompt, max_length), min(answer, max_length), row.kind == "replay"))
+    return sizes
+
+
+def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> Setup:
+    """Raises UnknownShape where the base is none whose memory is known here."""
+    return Setup(
+        shape=read_shape(spec.base_dir),
+        method="qlora" if spec.quantisation == "nf4" else "lora",
+        backend="unsloth" if backend == "unsloth" else "peft",
+        rank=spec.lora.rank,
+        targets=spec.lora.target_modules,
+        optimizer="adamw8bit" if getattr(spec.schedule, "optimizer", "") == "adamw_8bit" else "adamw",
+        compute_bytes=machine.compute_bytes,
+        device=machine.device,
+        eager_attention=backend == "peft" and machine.device == "cpu" and longest <= EAGER_UP_TO_TOKENS,
+    )
+
+
+def plans_of(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -> tuple[Plan, ...]:
+    """The ladder of this run on this machine, the fastest that fits first; the leanest alone where none fits."""
+    setup = setup_of(spec, backend, machine, batch.length)
+    wanted = spec.memory
+    budget = machine.budget(wanted.budget_gib, wanted.share)
+    modes: Sequence[Checkpointing] = MODES if wanted.checkpointing == "auto" else (wanted.checkpointing,)
+    return ladder(plans_by_speed(setup, batch, budget, modes, wanted.micro_tokens))
+
+
+def lowered(spec: TrainSpec, backend: str, machine: Machine, batch: Workload, plan: Plan) -> Plan | None:
+    """The same with half as many tokens at once; None where a single row is all that it takes already."""
+    if plan.micro_tokens <= batch.length:
+        return None
+    setup = setup_of(spec, backend, machine, batch.length)
+    tokens = max(batch.length, plan.micro_tokens // 2)
+    return plan_for(setup, batch, plan.checkpointing, tokens, plan.budget_bytes)
+
+
+def _counter(base_dir: Path) -> Callable[[str], int]:
+    path = base_dir / "tokenizer.json"
+    if not path.is_file():
+        return lambda text: len(text.encode())
+    tokenizer: Any = Tokenizer.from_file(str(path))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
