@@ -76,7 +76,7 @@ def plans_by_speed(
         size //= 2
     sizes.append(min(batch.length, batch.tokens))
     found = [plan_for(setup, batch, mode, size, budget) for mode in modes for size in sizes]
-    return sorted(found, key=lambda plan: (-plan.tokens_per_s, plan.estimated_bytes))
+    return sorted(found, key=lambda plan: (-plan.tokens_per_s, plan.micro_batches, plan.estimated_bytes))
 
 
 def ladder(plans: Sequence[Plan]) -> tuple[Plan, ...]:

@@ -196,7 +196,8 @@ def _cost(facts: NightFacts) -> str:
     stages = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in cost["stage_seconds"].items())
     memory = cost.get("peak_memory_bytes")
     extra = f"; training peaked at {memory / 1e9:.1f} GB" if memory else ""
-    return f"## Cost\n\n{cost['seconds']:g} s in all ({stages}){extra}."
+    plan = f" Memory: {cost['memory']}." if cost.get("memory") else ""
+    return f"## Cost\n\n{cost['seconds']:g} s in all ({stages}){extra}.{plan}"
 
 
 def _identity(facts: NightFacts) -> str:

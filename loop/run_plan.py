@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from loop.machine_memory import Machine
 from loop.memory_estimate import Checkpointing, Setup, Workload
 from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
-from loop.model_shape import read_shape
+from loop.memory_record import gib
+from loop.model_shape import UnknownShape, read_shape
 from loop.trainers.spec import Row, TrainSpec
 
 EAGER_UP_TO_TOKENS = 128  # below, plain attention is a fifth faster on a CPU; above, it needs too much memory
 TEMPLATE_TOKENS = 64  # of a template's own system prompt
+ERROR = 1.15  # how far an estimate may be off: only beyond it is a training refused beforehand
 MESSAGE_TOKENS = 16  # of the marks around each message
 
 
@@ -91,3 +93,33 @@ def _counter(base_dir: Path) -> Callable[[str], int]:
         return lambda text: len(text.encode())
     tokenizer: Any = Tokenizer.from_file(str(path))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The spec with its plans, what to tell people, and whether even the leanest plan asks for far too much."""
+
+    spec: TrainSpec
+    words: str
+    hopeless: bool = False
+
+
+def planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine) -> Planned:
+    """For the preflight: from what can be known beforehand. The trainer checks it, and plans anew if need be."""
+    batch = heaviest_batch(row_sizes(rows, spec.base_dir, spec.lengths.max_length), spec.schedule.batch_size)
+    try:
+        plans = plans_of(spec, backend, machine, batch)
+    except UnknownShape as error:
+        return Planned(spec, f"memory is not planned: {error}")
+    first = plans[0]
+    parts = f" in {first.micro_batches} parts" if first.micro_batches > 1 else ""
+    words = (
+        f"memory ({machine.name}): checkpointing {first.checkpointing}, batches{parts} of at most "
+        f"{first.micro_tokens:,} tokens at once, {gib(first.estimated_bytes)} of {gib(first.budget_bytes)}"
+    )
+    spec = spec.model_copy(update={"memory": spec.memory.model_copy(update={"plans": plans})})
+    return Planned(spec, words, hopeless=first.estimated_bytes > ERROR * first.budget_bytes / _share(spec))
+
+
+def _share(spec: TrainSpec) -> float:
+    return spec.memory.share if spec.memory.budget_gib is None else 1.0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
 from labeling.errors import Refused
 from loop.adapter_files import base_digest
+from loop.machine_memory import this_machine
+from loop.memory_record import gib
 from loop.outputs import Delta, Preflight
 from loop.projects import require_same_base
+from loop.run_plan import planned
 from loop.settings import ProjectSettings
 from loop.stage import StageContext
-from loop.trainers.spec import render, write_spec
+from loop.trainers.spec import TrainSpec, read_rows, render, write_spec
 
 SPARE_BYTES = 500_000_000  # logs, evaluation samples and the registry's copy of a small adapter
 
@@ -40,8 +44,23 @@ async def run(context: StageContext) -> Preflight:
         data_dir=Path(delta.data_dir),
         out_dir=context.folder / "out",
     )
+    spec, memory = await asyncio.to_thread(_memory, spec, project.trainer.backend)
+    checks.append(memory)
     write_spec(spec, path)
     return Preflight(spec_path=str(path), base_digest=digest, checks=tuple(checks))
+
+
+def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
+    """The spec with the plans for it, and the first in words."""
+    found = planned(spec, backend, read_rows(spec.data_dir), this_machine())
+    if found.hopeless:
+        leanest = found.spec.memory.plans[0]
+        raise PreflightFailed(
+            f"training needs {gib(leanest.estimated_bytes)} at the least, and may take {gib(leanest.budget_bytes)}",
+            hint="Free memory, raise trainer.memory_budget_gib, lower trainer.max_length, or train with quantisation "
+            "nf4; `nightschool plan` says what fits.",
+        )
+    return found.spec, found.words
 
 
 def _rank_servable(project: ProjectSettings, max_rank: int) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 from labeling.errors import NightschoolError, Unavailable
 from loop.adapter_files import check, read_base_config
+from loop.memory_record import MemoryOutcome, in_words
 from loop.outputs import Delta, Preflight, Trained
 from loop.stage import StageContext
 from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
+from loop.training_run import with_smaller_plans
 
 METRICS_SECONDS = 1.0
 LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes")
@@ -42,13 +44,17 @@ async def run(context: StageContext) -> Trained:
     hours = context.project.trainer.hours_allowed
     try:
         async with asyncio.timeout(hours * 3600):
-            await context.clients.executor.run(
-                f"loop.trainers.{context.project.trainer.backend}",
-                context.folder / "spec.json",
-                on_progress=show,
-                log_path=context.folder / "trainer.log",
-                environment={},
-                python=context.project.trainer.python,
+            await with_smaller_plans(
+                lambda: context.clients.executor.run(
+                    f"loop.trainers.{context.project.trainer.backend}",
+                    context.folder / "spec.json",
+                    on_progress=show,
+                    log_path=context.folder / "trainer.log",
+                    environment={},
+                    python=context.project.trainer.python,
+                ),
+                spec.out_dir,
+                lambda plan: context.log.warning("memory_fell_back", **plan.model_dump()),
             )
     except TimeoutError:
         raise TookTooLong(f"training took longer than trainer.hours_allowed = {hours:g}") from None
@@ -57,6 +63,8 @@ async def run(context: StageContext) -> Trained:
         await logging
     result = read_result(spec.out_dir)
     assert result is not None, "the executor raises unless the trainer ended well, and that writes the result"
+    if result.memory is not None:
+        await _log_memory(context, run_id, result.memory)
     files = check(
         spec.out_dir / "adapter",
         read_base_config(context.project.base_dir),
@@ -90,6 +98,23 @@ async def _log_metrics(context: StageContext, run_id: str, lines: asyncio.Queue[
             context.log.warning("metrics_not_logged", steps=sorted(rows), reason=str(error))
         if not steps[-1]:
             return
+
+
+async def _log_memory(context: StageContext, run_id: str, memory: MemoryOutcome) -> None:
+    """Planned and measured. As tags, not parameters: the plan may have changed since the run began."""
+    plan = memory.plan
+    tags = {
+        "checkpointing": plan.checkpointing,
+        "micro_tokens": str(plan.micro_tokens),
+        "estimated_bytes": str(plan.estimated_bytes),
+        "measured_bytes": str(memory.measured_bytes),
+        "budget_bytes": str(plan.budget_bytes),
+        "plan": in_words(memory),
+    }
+    try:
+        await context.clients.registry.tag_run(run_id, {f"memory.{key}": value for key, value in tags.items()})
+    except Unavailable as error:
+        context.log.warning("memory_not_logged", reason=str(error))
 
 
 def _own_spec(context: StageContext) -> TrainSpec:

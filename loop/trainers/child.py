@@ -13,13 +13,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, tokenise
-from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest
+from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest, without_plan
+
+if TYPE_CHECKING:
+    from loop.trainers.memory import RunMemory  # imports torch
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
 PR_SET_PDEATHSIG = 1
@@ -53,6 +56,7 @@ class Backend:
 
     start: Callable[[], None]
     load: Callable[[TrainSpec, int], Any]  # second: tokens of the longest row
+    name: str = "peft"
 
 
 def main(backend: Backend) -> int:
@@ -90,10 +94,11 @@ def _stop(*_: object) -> None:
 
 
 def _explained(error: Exception) -> NightschoolError:
+    from loop.trainers.memory import is_out_of_memory
     from loop.trainers.sft_loop import OutOfMemory
 
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return OutOfMemory(f"no memory left: {text.splitlines()[0] if text else 'allocation failed'}")
     return Unexpected(f"{type(error).__name__}: {text}"[:2000])
 
@@ -115,20 +120,37 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
     examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    memory = _settle(spec, backend, examples, digest)
+    spec = memory.settled() if memory else without_plan(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, max(len(example.tokens) for example in examples))
-    _train_and_write(spec, model, tokenizer, examples, digest, channel)
+    _train_and_write(spec, model, tokenizer, examples, digest, channel, memory)
+
+
+def _settle(spec: TrainSpec, backend: Backend, examples: list[Example], digest: str) -> RunMemory | None:
+    from loop.trainers.memory import settle
+    from loop.trainers.sft_loop import compute_dtype
+
+    memory = settle(spec, backend.name, examples, digest, compute_dtype())
+    if memory is not None:
+        memory.limit()
+    return memory
 
 
 def _train_and_write(
-    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], digest: str, channel: Channel
+    spec: TrainSpec,
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    digest: str,
+    channel: Channel,
+    memory: RunMemory | None,
 ) -> None:
     from loop.trainers.adapter import write_adapter
     from loop.trainers.checkpoints import CHECKPOINTS
     from loop.trainers.sft_loop import train
 
-    loaded_seconds = channel.elapsed_seconds()
-    trained = train(spec, model, tokenizer, examples, digest, channel)
+    trained = train(spec, model, tokenizer, examples, digest, channel, memory)
     result = TrainResult(
         run_digest=digest,
         steps=trained.steps,
@@ -137,13 +159,11 @@ def _train_and_write(
         seconds=trained.seconds,
         final_loss=trained.final_loss,
         unquantised_steps=trained.unquantised_steps,
-        packed=trained.layout.packed,
-        not_packed=trained.layout.reason,
-        phases={"loaded": round(loaded_seconds, 2), **trained.phases},
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),
         device=trained.device,
+        memory=memory.outcome() if memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
     shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)

@@ -6,10 +6,9 @@ import os
 import sys
 from typing import Any
 
+from loop.run_plan import EAGER_UP_TO_TOKENS
 from loop.trainers.child import Backend, main
 from loop.trainers.spec import TrainSpec
-
-EAGER_UP_TO_TOKENS = 128  # below, plain attention is a fifth faster on a CPU; above, it needs too much memory
 
 
 def start() -> None:
@@ -21,6 +20,7 @@ def load(spec: TrainSpec, longest: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from loop.trainers.checkpointing import recompute
     from loop.trainers.sft_loop import compute_dtype
 
     on_gpu = torch.cuda.is_available()
@@ -38,6 +38,7 @@ def load(spec: TrainSpec, longest: int) -> Any:
         device_map={"": "cuda" if on_gpu else "cpu"},
         attn_implementation="eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa",
     )
+    recompute(model, spec.memory.checkpointing)
     adapter = LoraConfig(
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,

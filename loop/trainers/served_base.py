@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ ROOM = 1.2  # beside the weights themselves
 class FinishOnServedBase(TrainerCallback):
     """From `first_step` (counted from 0) to `total`; also after a resume."""
 
-    def __init__(self, model: Any, base_dir: Path, dtype: torch.dtype, first_step: int, total: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        base_dir: Path,
+        dtype: torch.dtype,
+        first_step: int,
+        total: int,
+        room: Callable[[], int] | None = None,
+    ) -> None:
+        self._room = room  # bytes that the memory plan's budget leaves; None: only what is free counts
         self._model, self._base_dir, self._dtype = model, base_dir, dtype
         self._first, self._total = first_step, total
         self._swapped: bool | None = None
@@ -37,7 +47,7 @@ class FinishOnServedBase(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= self._first and self._swapped is None:
-            self._swapped = _fits(self._model) and unquantise(self._model, self._base_dir, self._dtype) > 0
+            self._swapped = _fits(self._model, self._room) and unquantise(self._model, self._base_dir, self._dtype) > 0
 
 
 def unquantise(model: Any, base_dir: Path, dtype: torch.dtype) -> int:
@@ -77,11 +87,11 @@ class _Weights:
             return tensor
 
 
-def _fits(model: Any) -> bool:
-    """Whether the unquantised layers fit into what is free now."""
+def _fits(model: Any, room: Callable[[], int] | None) -> bool:
+    """Whether the unquantised layers fit into what is free now, and into the budget."""
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     needed = ROOM * sum(2 * layer.in_features * layer.out_features for layer in layers)
-    return needed < _free_bytes(model.device)
+    return needed < min(_free_bytes(model.device), room() if room else _free_bytes(model.device))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
 from loop.trainers.loss import Amp, retention_loss
+from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
 from loop.trainers.packing import Layout, choose
 from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
 from loop.trainers.rows import Example, heaviest, plan_batches
@@ -104,6 +105,19 @@ class RetentionTrainer(SFTTrainer):
         self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
 
+    def find_room(self, memory: RunMemory | None) -> None:
+        """The heaviest part first, in smaller parts after a near miss. Where memory runs out the process ends: what it
+        leaves is in pieces, and another one, started afresh, takes the next plan."""
+        while True:
+            forget_peak()
+            self.try_heaviest()
+            if memory is None:
+                return
+            measured = peak_bytes() + optimizer_bytes([w for w in self.model.parameters() if w.requires_grad])
+            if not memory.near_miss(measured) or not memory.lower(measured):
+                return
+            self._batches = replace(self._batches, at_once=memory.plan.micro_tokens)
+
 
 class Reporter(TrainerCallback):
     """Progress lines out, checkpoints marked complete, a run gone wrong stopped."""
@@ -142,14 +156,22 @@ class Reporter(TrainerCallback):
 
 
 def train(
-    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], run_digest: str, channel: Channel
+    spec: TrainSpec,
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    run_digest: str,
+    channel: Channel,
+    memory: RunMemory | None = None,
 ) -> Trained:
     """Trains to the end of the plan, from the last complete checkpoint of the same run where there is one."""
     amp = Amp(model.device.type, compute_dtype())
     layout = choose(spec.lengths.packing, model, amp)
     plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
-    finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan))
+    finish = FinishOnServedBase(
+        model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan), memory.room if memory else None
+    )
     batches = Batches(
         examples,
         pad_id=tokenizer.pad_token_id or 0,
@@ -164,7 +186,7 @@ def train(
     trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
     phases = {"ready": channel.elapsed_seconds()}
-    trainer.try_heaviest()
+    trainer.find_room(memory)
     phases["tried"] = channel.elapsed_seconds()
     set_seed(spec.seed)
     since = time.monotonic()

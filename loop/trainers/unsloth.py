@@ -10,6 +10,8 @@ from labeling.errors import NightschoolError
 from loop.trainers.child import Backend, main
 from loop.trainers.spec import TrainSpec
 
+CHECKPOINTING: dict[str, bool | str] = {"off": False, "on": True, "offload": "unsloth"}  # Unsloth's words for it
+
 
 class NoAccelerator(NightschoolError):
     code = "no_accelerator"
@@ -60,10 +62,10 @@ def load(spec: TrainSpec, longest: int) -> Any:
         lora_dropout=spec.lora.dropout,
         target_modules=list(spec.lora.target_modules),
         bias="none",
-        use_gradient_checkpointing=False,
+        use_gradient_checkpointing=CHECKPOINTING[spec.memory.checkpointing],
         random_state=spec.seed,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main(Backend(start, load)))
+    sys.exit(main(Backend(start, load, "unsloth")))

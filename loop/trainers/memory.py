@@ -1,0 +1,171 @@
+"""A run's memory: the plan it follows, kept beside its checkpoints, the limit it is held to, what it really takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loop.machine_memory import Machine, host
+from loop.memory_estimate import CUDA_CONTEXT, Workload
+from loop.memory_plan import Plan
+from loop.memory_record import NEAR_MISS, Attempt, MemoryOutcome, MemoryRecord, gib, read_record, write_record
+from loop.model_shape import UnknownShape
+from loop.run_plan import RowSize, heaviest_batch, lowered, plans_of
+from loop.trainers.progress import peak_resident_bytes, resident_bytes
+from loop.trainers.rows import Example
+from loop.trainers.spec import TrainSpec
+
+SLACK = 1.02  # free memory flutters between the preflight and the start of the trainer
+
+
+class RunMemory:
+    """Of one trainer process. `plan` is None where the base's shape is not known: then nothing is watched."""
+
+    def __init__(self, spec: TrainSpec, backend: str, machine: Machine, batch: Workload, record: MemoryRecord) -> None:
+        self._spec, self._backend, self._machine, self._batch = spec, backend, machine, batch
+        self._record = record
+
+    @property
+    def plan(self) -> Plan:
+        return self._record.plans[0]
+
+    def settled(self) -> TrainSpec:
+        """The spec as this process follows it: no "auto" left."""
+        memory = self._spec.memory.model_copy(
+            update={"checkpointing": self.plan.checkpointing, "micro_tokens": self.plan.micro_tokens}
+        )
+        lengths = self._spec.lengths.model_copy(update={"at_once": self.plan.micro_tokens})
+        return self._spec.model_copy(update={"memory": memory, "lengths": lengths})
+
+    def limit(self) -> None:
+        """A budget that was set is kept, whatever the plan thought: beyond it, an allocation fails."""
+        if self._spec.memory.budget_gib is None:
+            return
+        if self._machine.device == "cuda":
+            share = (self.plan.budget_bytes - CUDA_CONTEXT) / self._machine.total
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, share)))
+            return
+        # The kernel counts what could be written to; what is reserved already and never touched is not held against it.
+        room = max(0, self.plan.budget_bytes - resident_bytes())
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + room, hard))
+
+    def near_miss(self, measured: int) -> bool:
+        return measured > NEAR_MISS * self.plan.budget_bytes
+
+    def lower(self, measured: int) -> bool:
+        """After a near miss, half as many tokens at once, written down; False where it can't be less."""
+        less = lowered(self._spec, self._backend, self._machine, self._batch, self.plan)
+        if less is None:
+            return False
+        given_up = Attempt(plan=self.plan, outcome="near_miss", measured_bytes=measured)
+        rest = tuple(plan for plan in self._record.plans[1:] if plan.estimated_bytes < less.estimated_bytes)
+        self._record = self._record.model_copy(
+            update={"plans": (less, *rest), "attempts": (*self._record.attempts, given_up)}
+        )
+        write_record(self._spec.out_dir, self._record)
+        return True
+
+    def room(self) -> int:
+        """Bytes of the budget that the run has not needed so far."""
+        return self.plan.budget_bytes - peak_bytes()
+
+    def outcome(self) -> MemoryOutcome:
+        record = self._record
+        return MemoryOutcome(
+            plan=self.plan,
+            machine=record.machine,
+            measured_bytes=peak_bytes(),
+            attempts=record.attempts,
+            note=record.note,
+        )
+
+
+def settle(
+    spec: TrainSpec, backend: str, examples: Sequence[Example], run_digest: str, compute_dtype: torch.dtype
+) -> RunMemory | None:
+    """The plan of an interrupted run again, else the preflight's, else one of our own. None: the base is of no known
+    shape."""
+    machine = _machine(compute_dtype)
+    sizes = [RowSize(len(row.tokens), len(row.tokens) - row.answer_start, row.replay) for row in examples]
+    batch = heaviest_batch(sizes, spec.schedule.batch_size)
+    kept = read_record(spec.out_dir, run_digest)
+    if kept is not None and kept.machine == machine.name:
+        return RunMemory(spec, backend, machine, batch, kept)
+    try:
+        plans, note = _plans(spec, backend, machine, batch)
+    except UnknownShape:
+        return None
+    attempts = kept.attempts if kept else ()
+    record = MemoryRecord(run_digest=run_digest, machine=machine.name, plans=plans, attempts=attempts, note=note)
+    write_record(spec.out_dir, record)
+    return RunMemory(spec, backend, machine, batch, record)
+
+
+def _plans(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -> tuple[tuple[Plan, ...], str]:
+    given = spec.memory.plans
+    why = _unfit(given[0], machine, batch) if given else ""
+    if given and not why:
+        return given, ""
+    return plans_of(spec, backend, machine, batch), f"planned anew: {why}" if why else ""
+
+
+def _unfit(plan: Plan, machine: Machine, batch: Workload) -> str:
+    """Why a plan made elsewhere does not hold here."""
+    if plan.device != machine.device:
+        return f"it was made for {plan.device}, and this is {machine.name}"
+    if batch.length > plan.micro_tokens:
+        return f"the longest row has {batch.length} tokens, more than the {plan.micro_tokens} that were planned for"
+    if plan.budget_bytes > SLACK * machine.free:
+        return f"only {gib(machine.free)} are free of the {gib(plan.budget_bytes)} that were"
+    return ""
+
+
+def _machine(compute_dtype: torch.dtype) -> Machine:
+    width = compute_dtype.itemsize
+    if not torch.cuda.is_available():
+        here = host()
+        return Machine("cpu", here.name, here.total, here.free + resident_bytes(), width)
+    free, total = torch.cuda.mem_get_info()
+    return Machine("cuda", torch.cuda.get_device_name(), total, free + CUDA_CONTEXT, width)
+
+
+def peak_bytes() -> int:
+    """Since the process began or `forget_peak`: allocated on a card, and its context; on a CPU what was resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated()) + CUDA_CONTEXT
+    return peak_resident_bytes()
+
+
+def forget_peak() -> None:
+    """What can be given back is, and the next peak counts from here."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    )
+
+
+def optimizer_bytes(parameters: Sequence[Any]) -> int:
+    """Of AdamW's two moments, which the first step allocates."""
+    return sum(2 * weight.numel() * weight.element_size() for weight in parameters)
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:"))
