@@ -1,6 +1,6 @@
 """Random models of real shapes, and rows of exact lengths to train them on. No downloads.
 
-python shapes.py {8b|135m|tiny} FOLDER
+python shapes.py {8b|1b|135m|tiny} FOLDER
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5, "tie_word_embeddings": True,
     },
     "135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

@@ -116,6 +116,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     import torch
     from transformers import AutoTokenizer, set_seed
 
+    channel.mark("imported")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
@@ -124,6 +125,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     spec = memory.settled() if memory else without_plan(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, max(len(example.tokens) for example in examples))
+    channel.mark("loaded")
     _train_and_write(spec, model, tokenizer, examples, digest, channel, memory)
 
 
@@ -159,6 +161,9 @@ def _train_and_write(
         seconds=trained.seconds,
         final_loss=trained.final_loss,
         unquantised_steps=trained.unquantised_steps,
+        packed=trained.layout.packed,
+        not_packed=trained.layout.reason,
+        phases=channel.phases,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),
