@@ -111,12 +111,14 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     import torch
     from transformers import AutoTokenizer, set_seed
 
+    channel.mark("imported")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
     examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, max(len(example.tokens) for example in examples))
+    channel.mark("loaded")
     _train_and_write(spec, model, tokenizer, examples, digest, channel)
 
 
@@ -127,7 +129,6 @@ def _train_and_write(
     from loop.trainers.checkpoints import CHECKPOINTS
     from loop.trainers.sft_loop import train
 
-    loaded_seconds = channel.elapsed_seconds()
     trained = train(spec, model, tokenizer, examples, digest, channel)
     result = TrainResult(
         run_digest=digest,
@@ -139,7 +140,7 @@ def _train_and_write(
         unquantised_steps=trained.unquantised_steps,
         packed=trained.layout.packed,
         not_packed=trained.layout.reason,
-        phases={"loaded": round(loaded_seconds, 2), **trained.phases},
+        phases=channel.phases,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),

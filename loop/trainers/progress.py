@@ -18,6 +18,7 @@ class Channel:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self.phases: dict[str, float] = {}
         self._lines: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -26,6 +27,10 @@ class Channel:
 
     def error(self, error: NightschoolError) -> None:
         self._write(json.dumps({"error": {"code": error.code, "message": str(error), "hint": error.hint}}))
+
+    def mark(self, phase: str) -> None:
+        """Notes when a milestone was first reached: seconds from the trainer's start."""
+        self.phases.setdefault(phase, round(self.elapsed_seconds(), 2))
 
     def elapsed_seconds(self) -> float:
         return time.monotonic() - self._started

@@ -53,7 +53,6 @@ class Trained:
     final_loss: float
     unquantised_steps: int
     layout: Layout
-    phases: dict[str, float]
     peak_memory_bytes: int
     device: str
 
@@ -111,7 +110,6 @@ class Reporter(TrainerCallback):
     def __init__(self, channel: Channel, tokens: list[int], run_digest: str) -> None:
         self._channel, self._tokens, self._run_digest = channel, tokens, run_digest
         self._since = time.monotonic()
-        self.first_step_seconds = 0.0  # from the trainer's start to the first step's end
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = time.monotonic()
@@ -123,7 +121,7 @@ class Reporter(TrainerCallback):
             raise Diverged(f"the loss became {logs['loss']} at step {state.global_step}")
         if not math.isfinite(logs["grad_norm"]):
             raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
-        self.first_step_seconds = self.first_step_seconds or self._channel.elapsed_seconds()
+        self._channel.mark("first_step")
         self._channel.step(
             Progress(
                 step=state.global_step,
@@ -159,18 +157,16 @@ def train(
     )
     base = BaseStates(batches, plan, amp, anew=[_finish_at(spec, len(plan))])
     trainer = _trainer(spec, model, tokenizer, plan, batches=batches, base=base, amp=amp)
-    reporter = Reporter(channel, tokens, run_digest)
-    trainer.add_callback(reporter)
+    trainer.add_callback(Reporter(channel, tokens, run_digest))
     trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
-    phases = {"ready": channel.elapsed_seconds()}
+    channel.mark("ready")
     trainer.try_heaviest()
-    phases["tried"] = channel.elapsed_seconds()
+    channel.mark("tried")
     set_seed(spec.seed)
     since = time.monotonic()
     checkpoint = last_complete(spec.out_dir / CHECKPOINTS, run_digest)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    phases |= {"first_step": reporter.first_step_seconds}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
     return Trained(
         model=trainer.model,
@@ -180,7 +176,6 @@ def train(
         final_loss=sum(losses) / len(losses),
         unquantised_steps=finish.steps,
         layout=layout,
-        phases={name: round(seconds, 2) for name, seconds in phases.items()},
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
         device=_device_words(model),
     )
