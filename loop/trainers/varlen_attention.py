@@ -54,8 +54,10 @@ def attend(
     if cu_seq_lens_q is None or asked or attention_mask is not None or not getattr(module, "is_causal", True):
         raise NoBoundaries(f"{type(module).__name__} asks its attention for {', '.join(asked) or 'no boundaries'}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        flat = (states[0].transpose(0, 1) for states in (query, key, value))
-        out = flash_varlen(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+        flat = [states[0].transpose(0, 1) for states in (query, key, value)]
+        out = flash_varlen(
+            flat[0], flat[1], flat[2], cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
+        )
         return out[None], None
     return _row_by_row(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout), None
 

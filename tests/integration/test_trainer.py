@@ -306,3 +306,27 @@ async def test_what_is_missing_is_named(tmp_path: Path) -> None:
             environment={},
             python="/no/python",
         )
+
+
+async def test_packed_and_padded_runs_learn_the_same(tiny_dir: Path, tmp_path: Path) -> None:
+    """The same steps with the same losses; the result says how rows were laid out, and why. 8-bit AdamW trains, too."""
+    found = {}
+    for packing in ("on", "off"):
+        schedule = {"max_steps": 4, "batch_size": 6, "epochs": 100, "optimizer": "adamw_8bit"}
+        spec = _prepare(
+            tmp_path / packing,
+            tiny_dir,
+            quantisation="none",
+            schedule=schedule,
+            lengths={"packing": packing, "at_once": 99},
+        )
+        lines: list[dict[str, Any]] = []
+        await _train(tmp_path / packing, lines.append)
+        found[packing] = read_result(spec.out_dir), [line["loss"] for line in lines]
+    (on, packed), (off, padded) = found["on"], found["off"]
+    assert on is not None
+    assert off is not None
+    assert (on.packed, on.not_packed) == (True, "")
+    assert (off.packed, off.not_packed) == (False, 'trainer.packing = "off"')
+    assert packed == pytest.approx(padded, rel=2e-2)
+    assert list(on.phases) == ["imported", "loaded", "ready", "tried", "first_step"]

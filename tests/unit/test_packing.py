@@ -229,10 +229,15 @@ def test_the_bases_side_is_computed_once_for_many_steps(monkeypatch: pytest.Monk
     """One pass for a block of steps, not one a step; a changed base starts a new block."""
     model, examples = _model(), _examples()
     plan = [[0, 1], [3, 2], [6, 4], [0, 5]]
-    passes = []
+    passes: list[set[int]] = []
     base = BaseStates(Batches(examples, pad_id=0, hold=True), plan, AMP, anew=[3])
-    computed = base._compute
-    monkeypatch.setattr(base, "_compute", lambda model, rows: passes.append(set(rows)) or computed(model, rows))
+    compute = base._compute
+
+    def noted(model: Any, rows: set[int]) -> dict[int, torch.Tensor]:
+        passes.append(set(rows))
+        return compute(model, rows)
+
+    monkeypatch.setattr(base, "_compute", noted)
     for step, rows in enumerate(plan):
         base.for_step(model, step)
         held = [row for row in rows if examples[row].replay]
