@@ -25,8 +25,8 @@ class Machine:
     compute_bytes: int
 
     def budget(self, budget_gib: float | None, share: float) -> int:
-        """What the training may take: the setting, or a share of what is free."""
-        return int(budget_gib * 2**30) if budget_gib is not None else int(share * self.free)
+        """What the training may take: the setting, as far as it is there, or a share of what is free."""
+        return min(int(budget_gib * 2**30), self.free) if budget_gib is not None else int(share * self.free)
 
 
 def this_machine() -> Machine:

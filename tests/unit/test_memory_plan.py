@@ -311,6 +311,7 @@ def test_a_card_is_asked_through_its_driver(tmp_path: Path, monkeypatch: pytest.
     machine = machine_memory.this_machine()
     assert machine == Machine("cuda", "NVIDIA A10G", 24576 << 20, 20000 << 20, 2)
     assert (machine.budget(None, 0.5), machine.budget(2, 0.5)) == (10000 << 20, 2 * GIB)
+    assert machine.budget(100, 0.5) == machine.free
     for visible in ("7", ""):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert machine_memory.this_machine().device == "cpu"
