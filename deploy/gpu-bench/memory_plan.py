@@ -149,7 +149,7 @@ class Bench:
 
     def _spec(self, job: Job, base: Path) -> tuple[TrainSpec, Workload]:
         folder = self.out / job.name
-        length = job.length if job.lie or not self.tiny else 48
+        length = job.length if not self.tiny else 1024 if job.lie else 48
         shapes.write_rows(folder, [length] * (2 * job.batch), replay_share=job.replay)
         spec = TrainSpec.model_validate(
             {
@@ -166,7 +166,7 @@ class Bench:
     def _memory(self, job: Job, spec: TrainSpec, work: Workload) -> MemorySpec:
         setup = setup_of(spec, self._backend(job), self.machine, work.length)
         if job.mode == "auto":
-            budget = self.machine.budget(job.budget_gib if not self.tiny else 1.0, 1.0)
+            budget = self.machine.budget(job.budget_gib if not self.tiny else 0.75, 1.0)
             plans = tuple(self._ladder(setup, work, budget, job.lie))
             return MemorySpec(budget_gib=budget / GIB, plans=plans)
         given: Any = job.mode

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 def recompute(model: Any, mode: str) -> None:
     """`model`: transformers' own, before an adapter is put on it. "on" keeps each layer's input, "offload" in host
     memory."""
-    if mode == "off":
+    if mode not in {"on", "offload"}:
         return
     model._set_gradient_checkpointing(
         enable=True, gradient_checkpointing_func=_offloaded if mode == "offload" else _checkpoint

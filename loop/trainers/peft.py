@@ -39,6 +39,7 @@ def load(spec: TrainSpec, longest: int) -> Any:
         attn_implementation="eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa",
     )
     recompute(model, spec.memory.checkpointing)
+    _keep_trainable(model)
     adapter = LoraConfig(
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
@@ -48,6 +49,16 @@ def load(spec: TrainSpec, longest: int) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, adapter)
+
+
+def _keep_trainable(model: Any) -> None:
+    """On a CPU, bitsandbytes repacks a 4-bit layer that is called in eval mode; from then on, training included, it
+    gives no gradient to what lies below, with no more than a warning."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
 
 
 if __name__ == "__main__":
