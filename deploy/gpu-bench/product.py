@@ -43,7 +43,10 @@ def train(folder: Path, base: Path, backend: str, seconds: float, script: str = 
     started = time.monotonic()
     command = [sys.executable, *([script] if script else ["-m", f"loop.trainers.{backend}"]), str(folder / "spec.json")]
     with (folder / "trainer.log").open("w") as log:
-        child = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=seconds, check=False, text=True)
+        child = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=log, timeout=seconds, check=False, text=True,
+            env=os.environ | {"BACKEND": backend},
+        )  # fmt: skip
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     result = read_result(folder)
     if child.returncode or result is None:

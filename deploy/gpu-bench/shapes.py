@@ -101,7 +101,7 @@ def write_rows(folder: Path, lengths: list[int], *, prompt_share: float = 0.3, r
         for number, length in enumerate(lengths):
             told = length - 6  # two characters before each message, one token after it
             asked = max(int(told * prompt_share), 1)
-            kind = "replay" if number % 100 < 100 * replay_share else "label"
+            kind = "replay" if number % 5 < 5 * replay_share else "label"
             texts = (("user", _text(chance, asked)), ("assistant", _text(chance, told - asked)))
             messages = [{"role": role, "content": content} for role, content in texts]
             file.write(json.dumps({"id": f"row-{number}", "kind": kind, "messages": messages}) + "\n")

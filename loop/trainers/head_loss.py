@@ -105,10 +105,10 @@ class _FrozenHead(torch.autograd.Function):
             logits = after(functional.linear(states[rows].to(weight.dtype), weight, bias))
             log_probs = _log_probs(logits)
             if targets is not None:
-                wanted = targets[rows, None]
-                total -= log_probs.gather(1, wanted).sum()
+                at = torch.arange(len(logits), device=logits.device), targets[rows]
+                total -= log_probs[at].sum()
                 slope = log_probs.exp_()  # of the cross entropy: probability, less 1 at the target
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+                slope[at] -= 1
             else:
                 assert base is not None
                 held = _log_probs(after(functional.linear(base[rows].to(weight.dtype), weight, bias)))
