@@ -16,8 +16,11 @@ from sqlmodel import col, select
 
 from labeling.database import Database, insert_or_nothing, now
 from labeling.label_studio import IDS_PER_QUERY, ITEM_KEY, LabelStudioServer, SeenTask
+from labeling.parts import in_parts
 from labeling.settings import LabelingSettings
 from labeling.tables import Annotation, ArchivedTask, ItemState, Label, LabellingProject, LabelState, ReviewItem
+
+ITEMS_PER_STATEMENT = 500
 
 
 async def archive(
@@ -33,8 +36,7 @@ async def archive(
     async with database.read() as session:
         due = await _due(session, target.project, seen, settings)
     archived = 0
-    for start in range(0, len(due), IDS_PER_QUERY):
-        some = due[start : start + IDS_PER_QUERY]
+    for some in in_parts(due, IDS_PER_QUERY):
         tasks = await server.whole_tasks(target.server_project, [seen[item_id].id for item_id in some])
         async with database.write() as session:
             kept = [task for task in tasks if await _keep(session, target, task)]
@@ -59,19 +61,22 @@ async def _due(
     session: AsyncSession, project: str, seen: Mapping[str, SeenTask], settings: LabelingSettings
 ) -> list[str]:
     """Items whose label has been settled for long, and the longest settled beyond `archive_above`."""
-    rows = await session.execute(
-        select(Label.item_id, Label.updated_at)
-        .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
-        .where(
-            col(Label.project) == project,
-            col(Label.state) == LabelState.ACCEPTED,
-            col(ReviewItem.state) == ItemState.LABELLED,
+    there: list[tuple[datetime, str]] = []
+    for part in in_parts(seen, ITEMS_PER_STATEMENT):
+        rows = await session.execute(
+            select(Label.updated_at, Label.item_id)
+            .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
+            .where(
+                col(Label.item_id).in_(part),
+                col(Label.project) == project,
+                col(Label.state) == LabelState.ACCEPTED,
+                col(ReviewItem.state) == ItemState.LABELLED,
+            )
         )
-        .order_by(col(Label.updated_at).desc(), col(Label.item_id))
-    )
-    there: list[tuple[str, datetime]] = [(item_id, at) for item_id, at in rows.all() if item_id in seen]
+        there += [(at, item_id) for at, item_id in rows]
+    there.sort(reverse=True)
     limit = now() - timedelta(days=settings.archive_after_days)
-    return [item_id for rank, (item_id, at) in enumerate(there) if at < limit or rank >= settings.archive_above]
+    return [item_id for rank, (at, item_id) in enumerate(there) if at < limit or rank >= settings.archive_above]
 
 
 async def _drop_gold(
@@ -83,20 +88,24 @@ async def _drop_gold(
 ) -> int:
     """Gold questions answered for long. The answers, which count on, are ours; as tasks nobody needs them."""
     limit = now() - timedelta(days=settings.archive_after_days)
-    async with database.read() as session:
-        rows = await session.execute(
-            select(ReviewItem.id).where(
-                col(ReviewItem.project) == target.project,
-                col(ReviewItem.gold_id).is_not(None),
-                col(ReviewItem.state) == ItemState.LABELLED,
-                col(ReviewItem.pushed_at) < limit,
-            )
+    dropped = 0
+    for part in in_parts(seen, ITEMS_PER_STATEMENT):
+        answered = select(ReviewItem.id).where(
+            col(ReviewItem.id).in_(part),
+            col(ReviewItem.project) == target.project,
+            col(ReviewItem.gold_id).is_not(None),
+            col(ReviewItem.state) == ItemState.LABELLED,
+            col(ReviewItem.pushed_at) < limit,
         )
-        due = [item_id for item_id in rows.scalars() if item_id in seen]
-    await server.delete_tasks(target.server_project, [seen[item_id].id for item_id in due])
-    async with database.write() as session:
-        await session.execute(update(ReviewItem).where(col(ReviewItem.id).in_(due)).values(task_id=None))
-    return len(due)
+        async with database.read() as session:
+            due = list((await session.execute(answered)).scalars())
+        if not due:
+            continue
+        await server.delete_tasks(target.server_project, [seen[item_id].id for item_id in due])
+        async with database.write() as session:
+            await session.execute(update(ReviewItem).where(col(ReviewItem.id).in_(due)).values(task_id=None))
+        dropped += len(due)
+    return dropped
 
 
 async def _keep(session: AsyncSession, target: LabellingProject, task: dict[str, Any]) -> bool:

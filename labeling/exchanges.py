@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, text, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from labeling.database import insert_or_nothing
-from labeling.tables import Exchange, Feedback
+from labeling.database import Database, insert_or_nothing, now
+from labeling.tables import SEEKING_SESSION, UNLINKED, Exchange, Feedback
 
 ROWS_PER_STATEMENT = 200  # below the bound-parameter limits of both databases
 VALUES_PER_STATEMENT = 500
+# Two transactions that store a feedback and its exchange at the same moment don't see each other: a second look does.
+LOOK_AGAIN = timedelta(minutes=2)
+TRIES = 2
 
 
 class Linkable(Protocol):
@@ -25,6 +29,7 @@ class Linkable(Protocol):
     completion_id: str | None
     request_id: str | None
     exchange_id: str | None
+    link_at: datetime | None
 
 
 async def record(session: AsyncSession, rows: Sequence[Exchange]) -> int:
@@ -48,6 +53,8 @@ async def record_values(session: AsyncSession, rows: Sequence[Mapping[str, Any]]
             await _link(session, _of_completion(), ours & col(Feedback.completion_id).in_(completions))
             if requests := [row["request_id"] for row in theirs if row["request_id"]]:
                 await _link(session, _of_request(), ours & col(Feedback.request_id).in_(requests))
+            if sessions := sorted({row["session_id"] for row in theirs if row["session_id"]}):
+                await _wake(session, ours & col(Feedback.session_id).in_(sessions))
     return stored
 
 
@@ -66,12 +73,50 @@ async def _insert(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> i
 _SQLITE_INSERT = sqlite.insert(Exchange).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
 
 
-async def link_waiting(session: AsyncSession, project: str) -> None:
-    """All that a project's unfolded feedback can be linked to by now, by session too."""
-    unfolded = (col(Feedback.project) == project) & col(Feedback.folded_at).is_(None)
-    await _link(session, _of_completion(), unfolded)
-    await _link(session, _of_request(), unfolded)
-    await _link(session, _of_session(), unfolded)
+async def link_due(database: Database, project: str) -> None:
+    """Feedback whose exchange is to be looked for by now is linked, by session too, where it is here.
+
+    Each is looked for at the first call after it came and once more `LOOK_AGAIN` later; then only when an exchange
+    comes that it may be about. So what will never be linked costs nothing.
+    """
+    while True:
+        async with database.write() as session:
+            due = await _due(session, project)
+            if not due:
+                return
+            which = col(Feedback.id).in_(due)
+            for exchange in (_of_completion(), _of_request(), _of_session()):
+                await _link(session, exchange, which)
+            again = text(UNLINKED), col(Feedback.link_tries) + 1 < TRIES
+            await session.execute(
+                update(Feedback)
+                .where(which)
+                .values(link_at=case((and_(*again), now() + LOOK_AGAIN)), link_tries=col(Feedback.link_tries) + 1)
+                .execution_options(synchronize_session=False)
+            )
+
+
+async def _due(session: AsyncSession, project: str) -> list[str]:
+    """Rows that an exchange's own transaction is just linking or waking are left to it: it is not to be overwritten."""
+    due = (
+        select(Feedback.id)
+        .where(col(Feedback.project) == project, col(Feedback.link_at) <= now())
+        .order_by(col(Feedback.link_at))
+        .limit(ROWS_PER_STATEMENT)
+        .with_for_update(skip_locked=True)
+    )
+    return list((await session.execute(due)).scalars())
+
+
+async def _wake(session: AsyncSession, which: ColumnElement[bool]) -> None:
+    """Not linked at once: of several exchanges of the session that come together, the last before it counts."""
+    found = _of_session().scalar_subquery()
+    await session.execute(
+        update(Feedback)
+        .where(text(SEEKING_SESSION), which, found.is_not(None))
+        .values(link_at=now())
+        .execution_options(synchronize_session=False)
+    )
 
 
 async def link_new(session: AsyncSession, rows: Sequence[Linkable]) -> None:
@@ -91,6 +136,8 @@ def link(connection: Connection, rows: Sequence[Linkable]) -> None:
                 row.exchange_id = by_completion.get(row.completion_id)
             elif row.request_id:
                 row.exchange_id = by_request.get(row.request_id)
+            if row.exchange_id is not None:
+                row.link_at = None
 
 
 class _OfProject(Protocol):

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, update
+from sqlalchemy import text, update
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -31,7 +31,7 @@ from labeling.answers import answer_text
 from labeling.database import Database, insert_or_nothing, now, one_at_a_time
 from labeling.draws import in_share
 from labeling.entry import Way
-from labeling.exchanges import link_waiting
+from labeling.exchanges import link_due
 from labeling.folding import Folding
 from labeling.name_recogniser import NamesNotRead
 from labeling.question_form import collapsed
@@ -41,7 +41,19 @@ from labeling.rescoring import queue_of, rescore
 from labeling.sampling import sample
 from labeling.selection import chosen, place
 from labeling.settings import LabelingSettings
-from labeling.tables import Exchange, Feedback, FeedbackKind, GoodAnswer, ItemMember, ItemState, Label, ReviewItem
+from labeling.tables import (
+    HELD,
+    READY,
+    Exchange,
+    Feedback,
+    FeedbackKind,
+    GoodAnswer,
+    ItemMember,
+    ItemState,
+    ItemWithdrawal,
+    Label,
+    ReviewItem,
+)
 from labeling.wording import holds_code_block, text_parts
 
 BATCH = 200
@@ -66,11 +78,10 @@ async def _fold_all(database: Database, project: str, settings: LabelingSettings
     folded = 0
     folding = Folding(project, settings)
     await folding.learn_older(database)
+    await link_due(database, project)
     while True:
         async with database.write() as session:
             await one_at_a_time(session, queue_of(project))
-            if not folded:
-                await link_waiting(session, project)
             waiting = await _unfolded(session, project)
         if not waiting:
             return folded
@@ -194,21 +205,16 @@ class _Case:
 
 
 async def _unfolded(session: AsyncSession, project: str) -> list[str]:
-    """Ids, the oldest first; before all others those that a cap held back until now."""
-    return await _waiting(session, project, col(Feedback.held_until) <= now()) or await _waiting(
-        session, project, col(Feedback.held_until).is_(None)
-    )
+    """Ids, the oldest first; before all others those that a cap held back until now.
 
-
-async def _waiting(session: AsyncSession, project: str, which: ColumnElement[bool]) -> list[str]:
-    known = col(Feedback.exchange_id).is_not(None) | col(Feedback.answer).is_not(None)
-    waiting = (
-        select(Feedback.id)
-        .where(col(Feedback.project) == project, col(Feedback.folded_at).is_(None), which, known)
-        .order_by(col(Feedback.created_at), col(Feedback.id))
-        .limit(BATCH)
-    )
-    return list((await session.execute(waiting)).scalars())
+    What waits for its exchange or for another day is not read: each query has an index of just its rows.
+    """
+    ours, age = col(Feedback.project) == project, (col(Feedback.created_at), col(Feedback.id))
+    held = select(Feedback.id).where(text(HELD), ours, col(Feedback.held_until) <= now())
+    if due := (await session.execute(held.order_by(col(Feedback.held_until), *age).limit(BATCH))).scalars().all():
+        return list(due)
+    ready = select(Feedback.id).where(text(READY), ours)
+    return list((await session.execute(ready.order_by(*age).limit(BATCH))).scalars())
 
 
 async def _fold_one(
@@ -243,6 +249,10 @@ async def _enter(
         entry.hold_back(feedback, scope)
         return False
     item = await _item(session, folding, case, settings)
+    if item.state is ItemState.WITHDRAWN:
+        feedback.folded_at = now()
+        await entry.leave_out(session, feedback, "withdrawn")
+        return True
     if scope := await entry.full_cap(session, feedback, settings.entry, item):
         entry.hold_back(feedback, scope)
         return False
@@ -310,7 +320,7 @@ async def _attach_comment(session: AsyncSession, folding: Folding, case: _Case) 
     """A comment alone makes nothing a problem; where the prompt is one already, its labeller reads it."""
     digest = await folding.known(session, case.digest)
     item = (await session.execute(_rounds(folding.project, digest))).scalar_one_or_none()
-    if item is not None:
+    if item is not None and item.state is not ItemState.WITHDRAWN:
         session.add(_member(item, case))
 
 
@@ -365,12 +375,24 @@ def _rounds(project: str, digest: str) -> SelectOfScalar[ReviewItem]:
 
 
 async def _recurred(session: AsyncSession, item: ReviewItem, case: _Case) -> bool:
-    """Wrong again although labelled: said of a newer answer, by another adapter than the one first flagged."""
+    """Wrong again although labelled: said of a newer answer, by another adapter than the one first flagged.
+
+    One that was withdrawn comes back only so, too; what does not say which adapter answered stays out.
+    """
+    if item.state is ItemState.WITHDRAWN:
+        return await _answered_anew(session, item, case)
     if item.state is not ItemState.LABELLED or (case.served is not None and case.served == item.served):
         return False
     label = await session.get(Label, item.id)
     at = case.exchange.created_at if case.exchange else case.feedback.created_at
     return label is not None and at > label.accepted_at
+
+
+async def _answered_anew(session: AsyncSession, item: ReviewItem, case: _Case) -> bool:
+    row = await session.get(ItemWithdrawal, item.id)
+    if row is None or case.exchange is None or case.served == item.served:
+        return False
+    return case.exchange.created_at > row.at
 
 
 def _add(item: ReviewItem, case: _Case) -> None:

@@ -116,6 +116,7 @@ class LabelStudioServer:
         )
         self._users: dict[int, str] = {}
         self._projects: dict[str, int] = {}
+        self._strange: set[tuple[int, Any]] = set()
         self._making = asyncio.Lock()
 
     async def close(self) -> None:
@@ -320,7 +321,8 @@ class LabelStudioServer:
                 )
                 continue
             for row in rows:
-                yield await self._seen_task(row)
+                if (task := await self._readable(project_id, row)) is not None:
+                    yield task
             if len(rows) < size:
                 return
             last = rows[-1]["id"]
@@ -336,12 +338,31 @@ class LabelStudioServer:
         )
         return list(page["tasks"])
 
+    async def _readable(self, project_id: int, row: dict[str, Any]) -> SeenTask | None:
+        """None for one of an unknown form, from another tool or release: named once, and left alone."""
+        try:
+            return await self._seen_task(row)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            task = row.get("id") if isinstance(row, dict) else None
+            if (project_id, task) not in self._strange:
+                self._strange.add((project_id, task))
+                log.warning(
+                    "task_of_unknown_form",
+                    project=project_id,
+                    task=task,
+                    reason=f"{type(error).__name__}: {error}",
+                    cure="It is left alone; delete it in Label Studio if nobody needs it.",
+                )
+            return None
+
     async def _seen_task(self, row: dict[str, Any]) -> SeenTask:
-        meta = row.get("meta") or {}
+        """`meta` is anybody's: only what we write there ourselves makes a task ours."""
+        meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+        item_id, shown = meta.get(ITEM_KEY), meta.get("shown")
         return SeenTask(
             id=row["id"],
-            item_id=meta.get(ITEM_KEY),
-            shown=meta.get("shown", ""),
+            item_id=item_id if isinstance(item_id, str) and item_id.isprintable() else None,
+            shown=shown if isinstance(shown, str) else "",
             updated_at=_time(row["updated_at"]),
             score=row.get("predictions_score"),
             annotations=tuple([await self._seen_annotation(annotation) for annotation in row["annotations"]]),

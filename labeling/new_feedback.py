@@ -37,6 +37,7 @@ class NewFeedback:
     id: str = field(default_factory=lambda: new_id("fb"))
     created_at: datetime = field(default_factory=now)
     folded_at: datetime | None = None
+    link_at: datetime | None = field(default_factory=now)
 
 
 def new_feedback(body: FeedbackBody, project: str, key_id: str, reporters: Reporters) -> NewFeedback:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sqlalchemy import update
 from sqlmodel import col, select
 
@@ -35,16 +33,3 @@ async def offer_again(database: Database, server: LabelStudioServer, project: st
             same = (col(ReviewItem.id) == item_id) & (col(ReviewItem.people_wanted) == people)
             await session.execute(update(ReviewItem).where(same).values(people_offered=people))
     return offered
-
-
-async def note_offers(database: Database, project: str, offered: Mapping[str, int]) -> None:
-    """To how many people each item's task is offered over there, where it may have been changed by hand."""
-    async with database.read() as session:
-        ours = select(ReviewItem.id, ReviewItem.people_offered).where(col(ReviewItem.project) == project)
-        known = {item_id: people for item_id, people in await session.execute(ours)}  # noqa: C416  # rows are no tuples
-    changed = sorted(item_id for item_id, people in offered.items() if known.get(item_id, people) != people)
-    if changed:
-        async with database.write() as session:
-            for item_id in changed:
-                values = {"people_offered": offered[item_id]}
-                await session.execute(update(ReviewItem).where(col(ReviewItem.id) == item_id).values(**values))

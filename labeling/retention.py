@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel, col, select
 
 from labeling.database import Database, insert_or_nothing, now
-from labeling.exchanges import link_waiting
+from labeling.exchanges import link_due
 from labeling.tables import Exchange, ExchangeRetention
 
 log = structlog.get_logger(__name__)
@@ -27,8 +27,7 @@ async def forget_old_exchanges(database: Database, project: str, keep_days: int)
     if not keep_days:
         return 0
     before = now() - timedelta(days=keep_days)
-    async with database.write() as session:
-        await link_waiting(session, project)
+    await link_due(database, project)
     deleted = looked = 0
     after: tuple[datetime, str] | None = None
     while batch := await _old(database, project, before, after):

@@ -6,9 +6,10 @@ annotations have to be read again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,12 +19,13 @@ from labeling.database import Database, now, one_at_a_time
 from labeling.label_studio import LabelStudioServer, SeenTask
 from labeling.lost_annotations import keep_lost
 from labeling.new_tasks import queue_score
-from labeling.offers import note_offers
+from labeling.parts import in_parts
 from labeling.push import keeper
 from labeling.tables import Annotation, ItemState, Label, LabelState, ReviewItem
 
-ROWS_PER_STATEMENT = 500
+ITEMS_PER_PART = 500
 MOVES_PER_SWEEP = 200
+UNSETTLED = (ItemState.PUSHED, ItemState.DISPUTED)
 SCORE_STEP = 0.005  # smaller moves don't change the order enough to be sent
 
 
@@ -32,15 +34,15 @@ class _Item:
     id: str
     state: ItemState
     task_id: int | None
+    pushed_at: datetime | None
     score: float
+    people_offered: int
     label: LabelState | None
 
     @property
     def needs_task(self) -> bool:
         """A person is still to say or to mend something."""
-        return self.state in (ItemState.PUSHED, ItemState.DISPUTED) or (
-            self.state is ItemState.LABELLED and self.label is LabelState.REFUSED
-        )
+        return self.state in UNSETTLED or (self.state is ItemState.LABELLED and self.label is LabelState.REFUSED)
 
 
 @dataclass(frozen=True)
@@ -50,82 +52,121 @@ class Differences:
     kept: Mapping[str, SeenTask]  # the one task of each item
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of the items that have a task over there, by id, with what is known and what was seen of them."""
+
+    items: Mapping[str, _Item]
+    seen: Mapping[str, list[SeenTask]]
+    known: Mapping[str, Mapping[int, datetime]]  # live annotations, with the time of their last change
+    newest: Mapping[str, datetime]  # of these times, those of annotations that the server has lost included
+
+
 async def sweep(database: Database, server: LabelStudioServer, project: str, server_project: int) -> Differences:
-    # Our rows are read first: an item pushed while the list is read must not look as if its task had vanished.
-    items, known, newest = await _ours(database, project, server_project)
+    """Reads the items that are to have a task, and those that have one: not the queue, and not what is archived."""
+    # Read before the list: an item pushed while the list is read must not look as if its task had vanished.
+    started, waiting = now(), await _waiting(database, project)
     seen: dict[str, list[SeenTask]] = {}
     async for task in server.all_tasks(server_project):
-        if task.item_id in items:
+        if task.item_id is not None:
             seen.setdefault(task.item_id, []).append(task)
-    await server.delete_tasks(server_project, _superfluous(items, seen, newest))
-    vanished = [item for item in items.values() if item.needs_task and item.id not in seen]
-    reopened = await _reopen(database, vanished, server_project)
-    kept = {item_id: keeper(tasks) for item_id, tasks in seen.items()}
-    await _follow(database, items, kept)
-    await _rescore(server, items, kept)
-    await note_offers(database, project, {item_id: task.overlap for item_id, task in kept.items()})
-    return Differences(frozenset(_changed(items, seen, known)), reopened, kept)
+    changed: set[int] = set()
+    kept: dict[str, SeenTask] = {}
+    moves: list[_Move] = []
+    for ids in in_parts(seen, ITEMS_PER_PART):
+        part = await _part(database, project, server_project, {item_id: seen[item_id] for item_id in ids})
+        await _delete_superfluous(server, server_project, part)
+        theirs = {item_id: keeper(tasks) for item_id, tasks in part.seen.items()}
+        await _follow(database, part, theirs, started)
+        moves += _moves(part, theirs)
+        changed |= _changed(part)
+        kept |= theirs
+    reopened = await _reopen(
+        database, {one: refused for one, refused in waiting.items() if one not in seen}, server_project
+    )
+    await _rescore(server, moves)
+    return Differences(frozenset(changed), reopened, kept)
 
 
-async def _ours(
-    database: Database, project: str, server_project: int
-) -> tuple[dict[str, _Item], dict[str, dict[int, datetime]], dict[str, datetime]]:
-    """All items by id; the live annotations of each, with the time of their last change; the newest of these times."""
+async def _waiting(database: Database, project: str) -> dict[str, bool]:
+    """The items that need a task -> whether it is their refused label that is to be mended."""
+    unsettled = select(ReviewItem.id).where(col(ReviewItem.project) == project, col(ReviewItem.state).in_(UNSETTLED))
+    refused = (
+        select(Label.item_id)
+        .join(ReviewItem, col(ReviewItem.id) == col(Label.item_id))
+        .where(col(Label.project) == project, col(Label.state) == LabelState.REFUSED)
+        .where(col(ReviewItem.state) == ItemState.LABELLED)
+    )
     async with database.read() as session:
-        rows = await session.execute(
-            select(col(ReviewItem.id), ReviewItem.state, ReviewItem.task_id, ReviewItem.score)
-            .add_columns(col(Label.state))
-            .join(Label, col(Label.item_id) == col(ReviewItem.id), isouter=True)
-            .where(col(ReviewItem.project) == project)
-        )
-        items = [_Item(*row) for row in rows.all()]
-        annotations = await session.execute(
-            select(Annotation.item_id, Annotation.annotation_id, Annotation.updated_at).where(
-                col(Annotation.labelling_project) == server_project, col(Annotation.deleted).is_(False)
-            )
-        )
-        known: dict[str, dict[int, datetime]] = {}
-        newest: dict[str, datetime] = {}
-        for item_id, annotation_id, updated_at in annotations.all():
+        found = dict.fromkeys((await session.execute(unsettled)).scalars(), False)
+        return found | dict.fromkeys((await session.execute(refused)).scalars(), True)
+
+
+async def _part(database: Database, project: str, server_project: int, seen: Mapping[str, list[SeenTask]]) -> _Part:
+    """Of tasks that name an item of another project, or one that never was, nothing is kept: they are left alone."""
+    columns: tuple[Any, ...] = (
+        ReviewItem.id,
+        ReviewItem.state,
+        ReviewItem.task_id,
+        ReviewItem.pushed_at,
+        ReviewItem.score,
+        ReviewItem.people_offered,
+        Label.state,
+    )
+    rows = (
+        select(*columns)
+        .join(Label, col(Label.item_id) == col(ReviewItem.id), isouter=True)
+        .where(col(ReviewItem.id).in_(seen), col(ReviewItem.project) == project)
+    )
+    annotations = select(Annotation.item_id, Annotation.annotation_id, Annotation.updated_at).where(
+        col(Annotation.item_id).in_(seen),
+        col(Annotation.labelling_project) == server_project,
+        col(Annotation.deleted).is_(False),
+    )
+    known: dict[str, dict[int, datetime]] = {}
+    newest: dict[str, datetime] = {}
+    async with database.read() as session:
+        items = {item.id: item for item in (_Item(*row) for row in await session.execute(rows))}
+        for item_id, annotation_id, updated_at in await session.execute(annotations):
             newest[item_id] = max(newest.get(item_id, updated_at), updated_at)
             if annotation_id > 0:  # the others are lost by the server, kept by us
                 known.setdefault(item_id, {})[annotation_id] = updated_at
-        return {item.id: item for item in items}, known, newest
+    return _Part(items, {item_id: tasks for item_id, tasks in seen.items() if item_id in items}, known, newest)
 
 
-def _superfluous(items: dict[str, _Item], seen: dict[str, list[SeenTask]], newest: dict[str, datetime]) -> list[int]:
+async def _delete_superfluous(server: LabelStudioServer, server_project: int, part: _Part) -> None:
     """All tasks of withdrawn items; of duplicates those that nobody has annotated; and of labelled items those that a
     backup brought back from before they were annotated: nobody should answer them twice.
     """
-    doomed: list[int] = []
-    for item_id, tasks in seen.items():
-        item = items[item_id]
+    withdrawn: list[int] = []
+    doubtful: list[int] = []
+    for item_id, tasks in part.seen.items():
+        item, kept = part.items[item_id], keeper(tasks)
         if item.state is ItemState.WITHDRAWN:
-            doomed += [task.id for task in tasks]
+            withdrawn += [task.id for task in tasks]
             continue
-        kept = keeper(tasks)
-        doomed += [task.id for task in tasks if task is not kept and not task.annotations]
+        doubtful += [task.id for task in tasks if task is not kept and not task.annotations]
         settled = item.state is ItemState.LABELLED and not item.needs_task
-        if settled and not kept.annotations and kept.updated_at < newest.get(item_id, kept.updated_at):
-            doomed.append(kept.id)
-    return doomed
+        if settled and not kept.annotations and kept.updated_at < part.newest.get(item_id, kept.updated_at):
+            doubtful.append(kept.id)
+    # Somebody may have annotated them since they were listed.
+    bare = [task.id async for task in server.tasks_by_id(server_project, doubtful) if not task.annotations]
+    await server.delete_tasks(server_project, [*withdrawn, *bare])
 
 
-async def _reopen(database: Database, vanished: Collection[_Item], server_project: int) -> int:
+async def _reopen(database: Database, vanished: Mapping[str, bool], server_project: int) -> int:
     """Their tasks were deleted, or a backup without them was restored. What has an accepted label keeps it.
+    `vanished`: item -> whether it had a refused label.
 
     A label that waited to be mended goes with its task; opinions that differ stay and count beside the new ones.
     """
-    refused = {item.id for item in vanished if item.label is LabelState.REFUSED}
-    ids = sorted(item.id for item in vanished)
-    unsettled = col(ReviewItem.state).in_((ItemState.PUSHED, ItemState.DISPUTED))
+    unsettled = col(ReviewItem.state).in_(UNSETTLED)
     reopened = 0
-    for start in range(0, len(ids), ROWS_PER_STATEMENT):
-        some = ids[start : start + ROWS_PER_STATEMENT]
+    for some in in_parts(sorted(vanished), ITEMS_PER_PART):
         async with database.write() as session:
             await one_at_a_time(session, f"annotations of {server_project}")
-            taken_back = await _take_back(session, [item_id for item_id in some if item_id in refused])
-            await _keep_opinions(session, [item_id for item_id in some if item_id not in refused])
+            taken_back = await _take_back(session, [item_id for item_id in some if vanished[item_id]])
+            await _keep_opinions(session, [item_id for item_id in some if not vanished[item_id]])
             rows = await session.execute(
                 update(ReviewItem)
                 .where(col(ReviewItem.id).in_(some), unsettled | col(ReviewItem.id).in_(taken_back))
@@ -169,40 +210,55 @@ async def _keep_opinions(session: AsyncSession, item_ids: list[str]) -> None:
         await keep_lost(session, row)
 
 
-async def _follow(database: Database, items: dict[str, _Item], kept: dict[str, SeenTask]) -> None:
-    """Items whose task has another number now."""
-    moved = {
-        item_id: task.id
-        for item_id, task in sorted(kept.items())
-        if items[item_id].task_id not in (None, task.id) and items[item_id].state is not ItemState.WITHDRAWN
-    }
-    if not moved:
+async def _follow(database: Database, part: _Part, kept: Mapping[str, SeenTask], started: datetime) -> None:
+    """Tasks that have another number now, or are offered to another number of people. Not what was pushed since."""
+    changed: dict[str, dict[str, int]] = {}
+    for item_id, task in kept.items():
+        item = part.items[item_id]
+        if item.pushed_at is not None and item.pushed_at >= started:
+            continue
+        values = {"people_offered": task.overlap} if item.people_offered != task.overlap else {}
+        if item.task_id not in (None, task.id) and item.state is not ItemState.WITHDRAWN:
+            values["task_id"] = task.id
+        if values:
+            changed[item_id] = values
+    if not changed:
         return
     async with database.write() as session:
-        for item_id, task_id in moved.items():
-            await session.execute(update(ReviewItem).where(col(ReviewItem.id) == item_id).values(task_id=task_id))
+        for item_id, values in sorted(changed.items()):
+            await session.execute(update(ReviewItem).where(col(ReviewItem.id) == item_id).values(**values))
 
 
-async def _rescore(server: LabelStudioServer, items: dict[str, _Item], kept: dict[str, SeenTask]) -> None:
+@dataclass(frozen=True)
+class _Move:
+    task_id: int
+    score: float  # as it should be over there
+    way: float
+
+
+def _moves(part: _Part, kept: Mapping[str, SeenTask]) -> list[_Move]:
+    moves = []
+    for item_id, task in kept.items():
+        item = part.items[item_id]
+        score = queue_score(item.score)
+        way = abs((2.0 if task.score is None else task.score) - score)
+        if item.state in UNSETTLED and way > SCORE_STEP:
+            moves.append(_Move(task.id, score, way))
+    return moves
+
+
+async def _rescore(server: LabelStudioServer, moves: list[_Move]) -> None:
     """The farthest moves first, as each costs Label Studio two requests; the rest follow with the next sweeps."""
-    moves = {
-        item_id: abs((2.0 if task.score is None else task.score) - queue_score(items[item_id].score))
-        for item_id, task in kept.items()
-        if items[item_id].state in (ItemState.PUSHED, ItemState.DISPUTED)
-    }
-    far = sorted((item_id for item_id, way in moves.items() if way > SCORE_STEP), key=lambda name: -moves[name])
-    for item_id in far[:MOVES_PER_SWEEP]:
-        await server.rescore(kept[item_id].id, queue_score(items[item_id].score))
+    for move in sorted(moves, key=lambda move: -move.way)[:MOVES_PER_SWEEP]:
+        await server.rescore(move.task_id, move.score)
 
 
-def _changed(
-    items: dict[str, _Item], seen: dict[str, list[SeenTask]], known: dict[str, dict[int, datetime]]
-) -> set[int]:
+def _changed(part: _Part) -> set[int]:
     """Tasks whose annotations are not the ones we hold, or still wait for a second person."""
     changed: set[int] = set()
-    for item_id, tasks in seen.items():
-        state = items[item_id].state
-        held = known.get(item_id, {})
+    for item_id, tasks in part.seen.items():
+        state = part.items[item_id].state
+        held = part.known.get(item_id, {})
         there = {annotation.id: annotation.updated_at for task in tasks for annotation in task.annotations}
         older = {number for number, at in there.items() if number in held and at < held[number]}  # a restored backup
         there |= {number: held[number] for number in older}

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from labeling.database import UtcDateTime, enum_column, new_id, now
@@ -19,6 +19,15 @@ def _json(nullable: bool = False) -> Any:
 
 def _time(nullable: bool = False) -> Any:
     return Column(UtcDateTime, nullable=nullable)
+
+
+def _some(name: str, *columns: Any, where: str) -> Index:
+    """An index of the few rows that a round has something to do with: however many others there are."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
+# What an installation finds out about a row itself: it is not exported.
+OURS_ALONE = "ours alone"
 
 
 class FeedbackKind(StrEnum):
@@ -90,6 +99,13 @@ class Exchange(SQLModel, table=True):
     created_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
+# As text, because a planner takes an index of some rows only where a query says the same in the same words.
+READY = "folded_at IS NULL AND held_until IS NULL AND (exchange_id IS NOT NULL OR answer IS NOT NULL)"
+HELD = "folded_at IS NULL AND held_until IS NOT NULL"
+UNLINKED = "folded_at IS NULL AND exchange_id IS NULL AND answer IS NULL"
+SEEKING_SESSION = "folded_at IS NULL AND exchange_id IS NULL AND session_id IS NOT NULL"
+
+
 class Feedback(SQLModel, table=True):
     """What an app or its user said of one answer; `exchange_id` is set once it is linked."""
 
@@ -97,7 +113,12 @@ class Feedback(SQLModel, table=True):
     __table_args__ = (
         Index("ix_feedback_completion", "project", "completion_id"),
         Index("ix_feedback_request", "project", "request_id"),
-        Index("ix_feedback_unfolded", "project", "folded_at", "held_until"),
+        # Of what is not folded: what can be at once, what waits for a day, what waits for its exchange.
+        _some("ix_feedback_ready", "project", "created_at", "id", where=READY),
+        _some("ix_feedback_held", "project", "held_until", "created_at", "id", where=HELD),
+        _some("ix_feedback_unlinked", "project", "created_at", "id", where=UNLINKED),
+        _some("ix_feedback_link", "project", "link_at", where="link_at IS NOT NULL"),
+        _some("ix_feedback_session", "project", "session_id", where=SEEKING_SESSION),
     )
     id: str = Field(primary_key=True, default_factory=lambda: new_id("fb"))
     project: str
@@ -120,6 +141,11 @@ class Feedback(SQLModel, table=True):
     folded_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # when the queue was done with it
     entry: str | None = None  # what the entry rules made of it, as `labeling.entry` words it
     held_until: datetime | None = Field(default=None, sa_column=_time(nullable=True))  # a cap: not looked at before
+    # When its exchange is looked for; None: not before one comes that it may be about (`labeling.exchanges`).
+    link_at: datetime | None = Field(
+        default_factory=now, sa_column=Column(UtcDateTime, nullable=True, info={OURS_ALONE: True})
+    )
+    link_tries: int = Field(default=0, sa_column=Column(Integer, nullable=False, info={OURS_ALONE: True}))
 
 
 class ReporterSalt(SQLModel, table=True):
@@ -173,6 +199,17 @@ class ReviewItem(SQLModel, table=True):
     gold_id: str | None = Field(default=None, foreign_key="gold_questions.id", index=True)  # a test of the labeller
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     pushed_at: datetime | None = Field(default=None, sa_column=_time(nullable=True))
+
+
+class ItemWithdrawal(SQLModel, table=True):
+    """An item that a person took out of the queue: `labeling.withdrawal`."""
+
+    __tablename__ = "item_withdrawals"
+    item_id: str = Field(primary_key=True, foreign_key="review_items.id")
+    project: str = Field(index=True)
+    by: str  # the name of the key
+    reason: str = ""
+    at: datetime = Field(default_factory=now, sa_column=_time())
 
 
 class ItemMember(SQLModel, table=True):
@@ -263,7 +300,7 @@ class Label(SQLModel, table=True):
     """The accepted (or refused, with its reason) outcome of an item's annotations; one row an item."""
 
     __tablename__ = "labels"
-    __table_args__ = (Index("ix_labels_changed", "project", "updated_at"),)
+    __table_args__ = (Index("ix_labels_changed", "project", "updated_at"), Index("ix_labels_state", "project", "state"))
     item_id: str = Field(primary_key=True, foreign_key="review_items.id")
     id: str = Field(default_factory=lambda: new_id("lb"), unique=True)
     project: str = Field(index=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, func
+from sqlalchemy import ColumnElement, and_, func, text
 from sqlmodel import col, select
 
 from labeling.database import Database, now
-from labeling.tables import Feedback
+from labeling.tables import UNLINKED, Feedback
 
 
 async def unlinked_feedback(database: Database, project: str, limit: int) -> dict[str, Any]:
@@ -22,8 +22,7 @@ async def unlinked_feedback(database: Database, project: str, limit: int) -> dic
 
 def _unlinked(project: str) -> ColumnElement[bool]:
     """Not what brings its own messages and answer: that needs no exchange."""
-    loose = col(Feedback.exchange_id).is_(None) & col(Feedback.answer).is_(None)
-    return (col(Feedback.project) == project) & col(Feedback.folded_at).is_(None) & loose
+    return and_(text(UNLINKED), col(Feedback.project) == project)
 
 
 def _view(row: Feedback) -> dict[str, Any]:

@@ -215,6 +215,17 @@ def queue_next(
     _call("commands.queue:show_next", settings, project=project, limit=limit, as_json=as_json)
 
 
+@queue.command("withdraw")
+def queue_withdraw(
+    items: Annotated[list[str], typer.Argument(help="Ids from `queue next`.", metavar="ITEM...")],
+    settings: SettingsPath = DEFAULT,
+    project: Project = None,
+    reason: Annotated[str, typer.Option(help="Kept with who and when; 500 characters.")] = "",
+) -> None:
+    """Take items out of the queue, for good: their tasks leave Label Studio, their prompts stay out."""
+    _call("commands.queue:withdraw", settings, items, reason=reason, project=project)
+
+
 @gold.command("add")
 def gold_add(
     file: Annotated[Path, typer.Argument(help="JSONL, or a folder of such files.")],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 from labeling.redaction.keys import DIFFERENT_CHARACTERS
 from labeling.redaction.page import Kind, Page, Span
@@ -37,6 +38,8 @@ _NO_NAME = re.compile(
 )
 _WORDS = re.compile(r"[a-z]{1,128}+(?:[_./-][a-z0-9]{1,128}+){2,32}+")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
+LONG, LOWEST_SHARE = 32, 0.25
+LONG_ENOUGH = 8
 _SYMBOLS = frozenset("!#$%&?@^*~+=")
 _AUTHORIZATION = re.compile(r"(?>bearer|basic|token)\s{1,3}+(?P<value>[A-Za-z0-9+/=_.~-]{16,4096}+)", re.IGNORECASE)
 _IN_URL = re.compile(r"://(?P<user>[^\s/:@\"'<>]{0,64}+):(?P<value>[^\s/@\"'<>]{1,200}+)@")
@@ -68,9 +71,27 @@ def looks_random(value: str) -> bool:
     """Letters and digits mixed as no name of a variable, path or version mixes them."""
     digits = sum(char.isdigit() for char in value)
     letters = sum(char.isalpha() for char in value)
-    if digits < 2 or letters < 2 or len(set(value)) < DIFFERENT_CHARACTERS + 2:
+    if letters < 2 or len(set(value)) < DIFFERENT_CHARACTERS + 2:
         return False
+    if digits < 2:
+        return digits == 1 and len(value) >= LONG and _in_even_cases(value, letters)
     return _UUID.fullmatch(value) is not None or _WORDS.fullmatch(value) is None
+
+
+def _in_even_cases(value: str, letters: int) -> bool:
+    """As in base64: of 40 characters one in a hundred has but one digit. Names in camelCase have few capitals."""
+    return LOWEST_SHARE <= sum(char.isupper() for char in value) / letters <= 1 - LOWEST_SHARE
+
+
+def is_mixed(value: str) -> bool:
+    """So long and unlike a word that it is the same secret wherever its characters stand, also joined to others."""
+    return len(value) >= LONG_ENOUGH and _is_unlike_a_word(value, digits_suffice=False)
+
+
+def spellings(kind: str, value: str) -> tuple[str, ...]:
+    """As it stands and, last, as it is meant: what a URL writes as p%40ss is p@ss elsewhere."""
+    meant = unquote(value) if kind == Kind.PASSWORD else value
+    return (value,) if meant == value else (value, meant)
 
 
 def _value_after(page: Page, name: re.Match[str], *, digits_suffice: bool) -> Iterator[Span]:
@@ -80,6 +101,8 @@ def _value_after(page: Page, name: re.Match[str], *, digits_suffice: bool) -> It
     if value is None:
         return
     text = value[0] if quote in _QUOTED else value[0].rstrip(".,;:)]}")
+    if _IN_URL.search(text):
+        return  # a connection string: of it, the part between user and host is the password
     if _is_filled_in(text) and _is_unlike_a_word(text, digits_suffice=digits_suffice):
         yield Span(value.start(), value.start() + len(text), Kind.PASSWORD)
 

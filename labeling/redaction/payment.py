@@ -56,21 +56,28 @@ _ISSUERS: tuple[tuple[re.Pattern[str], frozenset[int]], ...] = tuple(
 )
 _NEEDS_A_WORD = frozenset({13, 14, 17, 18})  # lengths that many other numbers have
 _BEFORE, _AFTER = r"(?<![A-Za-z0-9_.\-])(?<!\d[ ,])", r"(?![A-Za-z0-9_]|[-.]\d)"
+# A full stop may follow, but no further group after a dot.
+_SENTENCE = r"(?![A-Za-z0-9_]|-\d|(?<=\.\d{4})\.\d)"
+# Typographic blanks and dashes are read as these: `labeling.redaction.plain`.
+_GAP = r"[ ]{1,3}+|[ ]?+[-./][ ]?+"
 _SHAPES = (
-    re.compile(rf"{_BEFORE}\d{{4}}([ \u00a0-])\d{{4}}\1\d{{4}}\1\d{{4}}(?:\1\d{{3}})?+{_AFTER}"),
-    re.compile(rf"{_BEFORE}\d{{4}}([ \u00a0-])\d{{4}}\1\d{{4}}\1\d{{4}}(?![A-Za-z0-9_]|-\d)"),
-    re.compile(rf"{_BEFORE}\d{{4}}([ \u00a0-])\d{{6}}\1\d{{4,5}}+{_AFTER}"),
+    re.compile(rf"{_BEFORE}\d{{4}}({_GAP})\d{{4}}\1\d{{4}}\1\d{{4}}(?:\1\d{{3}})?+{_AFTER}"),
+    re.compile(rf"{_BEFORE}\d{{4}}({_GAP})\d{{4}}\1\d{{4}}\1\d{{4}}{_SENTENCE}"),
+    re.compile(rf"{_BEFORE}\d{{4}}({_GAP})\d{{6}}\1\d{{4,5}}+{_AFTER}"),
     re.compile(rf"{_BEFORE}\d{{13,19}}+{_AFTER}"),
 )
+# Of gaps that differ it needs a word.
+_UNEVEN = re.compile(rf"{_BEFORE}\d{{4}}(?:{_GAP})\d{{4}}(?:{_GAP})\d{{4}}(?:{_GAP})\d{{4}}{_SENTENCE}")
 
 
 def cards(page: Page) -> Iterator[Span]:
-    for shape in _SHAPES:
+    for shape in (*_SHAPES, _UNEVEN):
         for match in shape.finditer(page.text):
             number = "".join(char for char in match[0] if char.isdigit())
             if not _is_issued(number) or not luhn(number):
                 continue
-            if len(number) not in _NEEDS_A_WORD or page.near(CARD_WORDS, match.start()):
+            needs_a_word = shape is _UNEVEN or len(number) in _NEEDS_A_WORD
+            if not needs_a_word or page.near(CARD_WORDS, match.start()):
                 yield Span(match.start(), match.end(), Kind.CARD)
 
 

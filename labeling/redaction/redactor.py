@@ -18,7 +18,9 @@ from labeling.name_recogniser import Ranges, name_recogniser
 from labeling.redaction import contacts, keys, national_ids, network, passwords, payment
 from labeling.redaction.leaves import changed, texts
 from labeling.redaction.page import Finder, Kind, Page, Span, without_overlaps
+from labeling.redaction.passwords import is_mixed, spellings
 from labeling.redaction.people import People, name_spans
+from labeling.redaction.plain import Plain, plain
 from labeling.settings import RedactionSettings
 
 PLACEHOLDER = re.compile(r"<([A-Z][A-Z0-9_]{0,31})_([1-9]\d{0,4})>")
@@ -72,11 +74,11 @@ class Redactor:
         """
         if not self._enabled or not text:
             return []
-        lead = f"{before[-PRECEDING:]}\n" if before else ""
-        page = Page(lead + text)
+        read, lead = Plain(text), f"{plain(before[-PRECEDING:])}\n" if before else ""
+        page = Page(lead + read.text)
         found = [_past_escape(page.text, span) for span in self._found(page)]
         shifted = [Span(s.start - len(lead), s.end - len(lead), s.kind) for s in found if s.start >= len(lead)]
-        kept = [span for span in shifted if not self.is_kept(text[span.start : span.end])]
+        kept = [read.span(span) for span in shifted if not self.is_kept(read.text[span.start : span.end])]
         others = without_overlaps(kept, _taken(text))
         return without_overlaps([*others, *self._name_spans(text, names, others)], _taken(text))
 
@@ -158,7 +160,10 @@ class Redaction:
         return [changed(message, follow) for message in messages]
 
     def text(self, text: str, before: str = "") -> str:
-        spans = without_overlaps([*self._found(text, before), *self._seen_again(text)], _taken(text))
+        found = self._found(text, before)
+        for span in found:  # known before the others of the same text are looked for
+            self._placeholder(span.kind, text[span.start : span.end])
+        spans = without_overlaps([*found, *self._seen_again(text)], _taken(text))
         if not spans:
             return text
         parts, end = [], 0
@@ -201,13 +206,16 @@ class Redaction:
 
     def _seen_again(self, text: str) -> Iterator[Span]:
         """Where a known value stands without the words that gave it away."""
+        read = Plain(text)
         for value, kind in self._known.items():
-            start = text.find(value)
+            alone = kind not in _EXACT or not is_mixed(value)
+            start = read.text.find(value)
             while start >= 0:
                 end = start + len(value)
-                if not (text[max(0, start - 1) : start].isalnum() or text[end : end + 1].isalnum()):
-                    yield Span(start, end, kind)
-                start = text.find(value, end)
+                joined = read.text[max(0, start - 1) : start].isalnum() or read.text[end : end + 1].isalnum()
+                if not (alone and joined):
+                    yield read.span(Span(start, end, kind))
+                start = read.text.find(value, end)
         for start, end in self._people.mentions(text):
             if not self._owner.is_kept(text[start:end]):
                 yield Span(start, end, Kind.NAME)
@@ -218,8 +226,9 @@ class Redaction:
             name = kind.upper()
             self._numbers[name] += 1
             self._placeholders[key] = f"<{name}_{self._numbers[name]}>"
-        if len(value) >= SHORTEST_KNOWN and len(self._known) < KNOWN_VALUES:
-            self._known.setdefault(value, kind)
+        for written in spellings(kind, plain(value)):
+            if len(written) >= SHORTEST_KNOWN and len(self._known) < KNOWN_VALUES:
+                self._known.setdefault(written, kind)
         return self._placeholders[key]
 
     def _reserve(self, text: str) -> None:
@@ -252,11 +261,12 @@ def _past_escape(text: str, span: Span) -> Span:
 
 def _plain(value: str) -> str:
     """Without case and separators: two ways to write the same number or address."""
-    return "".join(char for char in value.casefold() if char not in " \u00a0\u202f-./()")
+    return "".join(char for char in plain(value).casefold() if char not in " -./()")
 
 
 def _same(kind: str, value: str) -> str:
     """Equal for two ways to write one value of this kind."""
+    value = plain(value)
     if kind in _EXACT or kind not in set(Kind):
-        return value
+        return spellings(kind, value)[-1]
     return " ".join(value.casefold().split()) if kind == Kind.EMAIL else _plain(value)

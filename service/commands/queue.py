@@ -1,4 +1,4 @@
-"""`nightschool queue report | next`: what waits for labellers, why in that order, and what choosing has brought."""
+"""`nightschool queue report | next | withdraw`: what waits for labellers, why in that order, what choosing brought."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from service.commands.local_api import Api, with_api
+from service.commands.local_api import Api, in_path, with_api
 
 PROMPT_SHOWN = 100
 FACTORS = ("severity", "uncertainty", "novelty", "traffic")
@@ -93,9 +93,23 @@ def show_next(path: Path, *, project: str | None, limit: int, as_json: bool) -> 
     for row in rows:
         found = "  ".join(_factor(row, name) for name in FACTORS)
         console.print(f"[bold]{row['score']:.3f}[/] {WORDS[row['chosen']]}  {found} ({row['count']} reports)")
+        console.print(f"      {row['id']}")
         console.print(f"      {escape(' '.join(row['prompt'].split())[:PROMPT_SHOWN])}")
     if not rows:
         console.print("Nothing waits.")
+
+
+def withdraw(path: Path, items: list[str], *, reason: str, project: str | None) -> None:
+    """One after the other; the first that can't be withdrawn ends it, and the ones before it are withdrawn."""
+
+    async def body(api: Api) -> None:
+        for item in items:
+            where = f"/v1/projects/{api.project(project)}/queue/items/{in_path(item)}"
+            found = await api.call("DELETE", where, reason=reason)
+            why = f": {found['reason']}" if found["reason"] else ""
+            print(f"{item} is withdrawn, by {found['by']} at {found['at'][:16].replace('T', ' ')} UTC{why}")
+
+    with_api(path, body)
 
 
 def _factor(row: dict[str, Any], name: str) -> str:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from labeling.database import Database, now
 from labeling.errors import InvalidInput
-from service.transfer.own_rows import VERSION, exported_tables, table_of
+from service.transfer.own_rows import VERSION, exported_columns, exported_tables, table_of
 
 ROWS_PER_PAGE = 500
 
@@ -58,8 +58,9 @@ async def _snapshot(database: Database) -> AsyncIterator[AsyncSession]:
 
 
 async def _pages(session: AsyncSession, table: Table, project: str | None) -> AsyncIterator[list[dict[str, Any]]]:
-    keys, names = list(table.primary_key.columns), [str(column.name) for column in table.columns]
-    rows = select(table).order_by(*keys).limit(ROWS_PER_PAGE)
+    keys, columns = list(table.primary_key.columns), exported_columns(table)
+    names = [str(column.name) for column in columns]
+    rows = select(*columns).order_by(*keys).limit(ROWS_PER_PAGE)
     if project is not None and (mine := _of_project(table, project)) is not None:
         rows = rows.where(mine)
     after: tuple[Any, ...] | None = None

@@ -54,6 +54,10 @@ def exported_tables() -> dict[str, type[SQLModel]]:
     return imported_tables() | _tables_of(FOR_THE_RECORD)
 
 
+def exported_columns(table: Table) -> list[Column[Any]]:
+    return [column for column in table.columns if not column.info.get(labeling.tables.OURS_ALONE)]
+
+
 def table_of(model: type[SQLModel] | SQLModel) -> Table:
     table = getattr(model, "__table__")  # noqa: B009  # SQLModel does not declare it
     assert isinstance(table, Table)
@@ -83,7 +87,8 @@ def row_of(model: type[SQLModel], given: Row, options: Options) -> SQLModel:
     columns = {column.name: column for column in table_of(model).columns}
     if unknown := sorted(given.keys() - columns.keys()):
         raise LineRefused(f"{model.__tablename__} has no column {', '.join(unknown)}: of a later release?")
-    values = {key: _value(model, columns[key], value) for key, value in given.items()}
+    kept = {column.name for column in exported_columns(table_of(model))}
+    values = {key: _value(model, columns[key], value) for key, value in given.items() if key in kept}
     missing = [key for key, known in model.model_fields.items() if known.is_required() and key not in values]
     if missing:
         raise LineRefused(f"{model.__tablename__}: {', '.join(missing)} is missing")

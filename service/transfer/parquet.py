@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import JSON, Boolean, Column, Date, Float, Integer
 
 from labeling.database import UtcDateTime
-from service.transfer.own_rows import exported_tables, table_of
+from service.transfer.own_rows import exported_columns, exported_tables, table_of
 from service.transfer.sources import Batch, UnreadableFile
 
 ROWS_PER_GROUP = 2000
@@ -50,7 +50,7 @@ async def write(lines: AsyncIterator[bytes], folder: Path) -> dict[str, int]:
 class _TableFile:
     def __init__(self, folder: Path, table: str) -> None:
         self.table = table
-        self._columns = {column.name: column for column in table_of(exported_tables()[table]).columns}
+        self._columns = {column.name: column for column in exported_columns(table_of(exported_tables()[table]))}
         fields = [pa.field(name, _kind(column), nullable=True) for name, column in self._columns.items()]
         self._schema = pa.schema(fields, metadata={MARK: table.encode()})
         self._writer = pq.ParquetWriter(folder / f"{table}.parquet", self._schema, compression="zstd")
@@ -111,7 +111,7 @@ class ParquetRows:
         self.table = mark
 
     def batches(self, start: tuple[int, int], lines: int, size: int, longest: int) -> Iterator[Batch]:
-        columns = {column.name: column for column in table_of(exported_tables()[self.table]).columns}
+        columns = {column.name: column for column in exported_columns(table_of(exported_tables()[self.table]))}
         texts = {name for name, column in columns.items() if isinstance(column.type, JSON)}
         first = number = start[0]
         seen, held = 0, 0

@@ -112,6 +112,9 @@ async def _stored(session: AsyncSession, rows: list[SQLModel]) -> int:
     if isinstance(rows[0], Feedback):
         loose = [row for row in rows if isinstance(row, Feedback) and row.exchange_id is None]
         await link_new(session, loose)
+        for row in rows:
+            if isinstance(row, Feedback) and row.exchange_id is not None:
+                row.link_at = None  # nothing is to be looked for
     keys = list(table_of(rows[0]).primary_key.columns)
     # By key, so that two imports at once can't lock each other out on PostgreSQL.
     ordered = sorted(rows, key=lambda row: tuple(str(getattr(row, key.name)) for key in keys))

@@ -79,7 +79,7 @@ async def everything(database: Database) -> dict[str, list[Any]]:
     async with database.read() as session:
         for name, model in own_rows.imported_tables().items():
             table = own_rows.table_of(model)
-            ordered = select(table).order_by(*table.primary_key.columns)
+            ordered = select(*own_rows.exported_columns(table)).order_by(*table.primary_key.columns)
             found[name] = [dict(row._mapping) for row in (await session.execute(ordered)).all()]
     return found
 

@@ -12,6 +12,31 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+# Indexes of some rows: name, columns, which.
+SOME_FEEDBACK = (
+    (
+        "ix_feedback_ready",
+        ["project", "created_at", "id"],
+        "folded_at IS NULL AND held_until IS NULL AND (exchange_id IS NOT NULL OR answer IS NOT NULL)",
+    ),
+    (
+        "ix_feedback_held",
+        ["project", "held_until", "created_at", "id"],
+        "folded_at IS NULL AND held_until IS NOT NULL",
+    ),
+    (
+        "ix_feedback_unlinked",
+        ["project", "created_at", "id"],
+        "folded_at IS NULL AND exchange_id IS NULL AND answer IS NULL",
+    ),
+    ("ix_feedback_link", ["project", "link_at"], "link_at IS NOT NULL"),
+    (
+        "ix_feedback_session",
+        ["project", "session_id"],
+        "folded_at IS NULL AND exchange_id IS NULL AND session_id IS NOT NULL",
+    ),
+)
+
 
 def upgrade() -> None:
     op.create_table(
@@ -338,6 +363,8 @@ def upgrade() -> None:
         sa.Column("folded_at", UtcDateTime(), nullable=True),
         sa.Column("entry", sa.String(), nullable=True),
         sa.Column("held_until", UtcDateTime(), nullable=True),
+        sa.Column("link_at", UtcDateTime(), nullable=True),
+        sa.Column("link_tries", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(
             ["exchange_id"],
             ["exchanges.id"],
@@ -347,7 +374,8 @@ def upgrade() -> None:
     op.create_index("ix_feedback_completion", "feedback", ["project", "completion_id"], unique=False)
     op.create_index(op.f("ix_feedback_exchange_id"), "feedback", ["exchange_id"], unique=False)
     op.create_index("ix_feedback_request", "feedback", ["project", "request_id"], unique=False)
-    op.create_index("ix_feedback_unfolded", "feedback", ["project", "folded_at", "held_until"], unique=False)
+    for name, columns, where in SOME_FEEDBACK:
+        op.create_index(name, "feedback", columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
     op.create_table(
         "good_answers",
         sa.Column("id", sa.String(), nullable=False),
@@ -407,6 +435,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_labels_changed", "labels", ["project", "updated_at"], unique=False)
     op.create_index(op.f("ix_labels_project"), "labels", ["project"], unique=False)
+    op.create_index("ix_labels_state", "labels", ["project", "state"], unique=False)
     op.create_table(
         "night_events",
         sa.Column("number", sa.Integer(), nullable=False),
@@ -436,6 +465,20 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("night_id", "stage"),
     )
+    op.create_table(
+        "item_withdrawals",
+        sa.Column("item_id", sa.String(), nullable=False),
+        sa.Column("project", sa.String(), nullable=False),
+        sa.Column("by", sa.String(), nullable=False),
+        sa.Column("reason", sa.String(), nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["item_id"],
+            ["review_items.id"],
+        ),
+        sa.PrimaryKeyConstraint("item_id"),
+    )
+    op.create_index(op.f("ix_item_withdrawals_project"), "item_withdrawals", ["project"], unique=False)
     op.create_table(
         "item_members",
         sa.Column("feedback_id", sa.String(), nullable=False),
@@ -467,18 +510,22 @@ def downgrade() -> None:
     op.drop_table("item_wordings")
     op.drop_index(op.f("ix_item_members_exchange_id"), table_name="item_members")
     op.drop_index(op.f("ix_item_members_item_id"), table_name="item_members")
+    op.drop_index(op.f("ix_item_withdrawals_project"), table_name="item_withdrawals")
+    op.drop_table("item_withdrawals")
     op.drop_table("item_members")
     op.drop_table("stage_markers")
     op.drop_index(op.f("ix_night_events_night_id"), table_name="night_events")
     op.drop_table("night_events")
     op.drop_index(op.f("ix_labels_project"), table_name="labels")
+    op.drop_index("ix_labels_state", table_name="labels")
     op.drop_index("ix_labels_changed", table_name="labels")
     op.drop_table("labels")
     op.drop_table("label_uses")
     op.drop_index(op.f("ix_good_answers_exchange_id"), table_name="good_answers")
     op.drop_index(op.f("ix_good_answers_project"), table_name="good_answers")
     op.drop_table("good_answers")
-    op.drop_index("ix_feedback_unfolded", table_name="feedback")
+    for name, _, _ in SOME_FEEDBACK:
+        op.drop_index(name, table_name="feedback")
     op.drop_index("ix_feedback_request", table_name="feedback")
     op.drop_index(op.f("ix_feedback_exchange_id"), table_name="feedback")
     op.drop_index("ix_feedback_completion", table_name="feedback")
