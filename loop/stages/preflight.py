@@ -34,7 +34,6 @@ CHECKS: tuple[Check, ...] = (
     trainer_environment.tokenizer_at_work,
     serving.same_tokens,
     trainer_environment.kernels,
-    # The memory plan belongs here: the smoke test has left what the card has free, and a spec rewritten by it is final.
 )
 
 # A child process each, or fed by one: of no use once something else has failed.
@@ -55,6 +54,7 @@ async def run(context: StageContext) -> Preflight:
         except (Refused, InvalidInput) as error:
             failures.append(error)
     _all_well(failures)
+    # A memory plan would rewrite the spec here: the base is sound, and the smoke test has seen what the card has free.
     for finding in findings:
         if finding.cure:
             context.log.warning("preflight", found=finding.text, cure=finding.cure)

@@ -31,7 +31,7 @@ PROBES: tuple[tuple[tuple[dict[str, str], ...], bool], ...] = (
     ((HELLO, {"role": "assistant", "content": "42."}, {"role": "user", "content": "Sure?"}), False),
 )
 
-Collate = Callable[[list[dict[str, Any]], int], dict[str, Any]]
+Trained = Callable[[Sequence[Example], int], list[list[int]]]
 
 
 class EndNotLearnt(InvalidInput):
@@ -49,8 +49,6 @@ def main() -> int:
 
 
 def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
-    from loop.trainers.loss import collate
-
     tokenizer = load_tokenizer(spec)
     if not tokenizer.chat_template:
         raise UnfitTemplate(
@@ -62,7 +60,7 @@ def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
     rows = _spread(read_rows(spec.data_dir))
     whole = [same_bytes(row, tokenizer) for row in rows]
     examples = tokenise(rows, tokenizer, stops, spec.lengths.max_length)
-    end_is_learnt(examples, stops, tokenizer, collate)
+    end_is_learnt(examples, stops, tokenizer.pad_token_id or 0, trained_tokens)
     found = Audit(
         tokens_known=len(tokenizer),
         rows=len(rows),
@@ -114,23 +112,29 @@ def same_bytes(row: Row, tokenizer: Any) -> bool:
     return False
 
 
-def end_is_learnt(examples: Sequence[Example], stops: frozenset[int], tokenizer: Any, collate: Collate) -> None:
-    """Every answer's last token ends it, and is in the loss: also where padding is the same token."""
+def end_is_learnt(examples: Sequence[Example], stops: frozenset[int], pad_id: int, trained: Trained) -> None:
+    """The loss is on each answer, whole and alone, and its last token ends it: also where padding is the same token."""
     if not stops:
         raise EndNotLearnt("no file of the base names a token that ends an answer")
-    pad = tokenizer.pad_token_id or 0
     by_length = sorted(examples, key=lambda example: len(example.tokens))
     for one in by_length[:: max(1, len(by_length) // BATCHES_LOOKED_AT)]:
         pair = (one, by_length[-1])  # padded as much as any can be
-        batch = collate([vars(example) for example in pair], pad)
-        for example, answers in zip(pair, batch["answers"].tolist(), strict=True):
-            end = len(example.tokens) - 1
-            if example.tokens[end] not in stops or not answers[end]:
+        for example, tokens in zip(pair, trained(pair, pad_id), strict=True):
+            answer = list(example.tokens[example.answer_start :])
+            if answer[-1] not in stops or tokens[: len(answer)] != answer:
                 raise EndNotLearnt(
-                    f"row {example.id}: the loss leaves out the token that ends the answer (id {example.tokens[end]})"
+                    f"row {example.id}: the loss leaves out tokens of the answer, or its end ({answer[-1]})"
                 )
-            if any(answers[end + 1 :]):
+            if len(tokens) > len(answer):
                 raise EndNotLearnt(f"row {example.id}: the loss covers padding behind the answer")
+
+
+def trained_tokens(examples: Sequence[Example], pad_id: int) -> list[list[int]]:
+    """Of each row the tokens that the trainer's own batch puts the loss on."""
+    from loop.trainers.loss import collate
+
+    batch = collate([vars(example) for example in examples], pad_id)
+    return [row[on].tolist() for row, on in zip(batch["input_ids"], batch["answers"], strict=True)]
 
 
 def rendered(tokenizer: Any, rows: Sequence[Row]) -> list[Rendered]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 
 from loop.preflight.child_results import Audit, audit_path
-from loop.trainers.audit import EndNotLearnt, TokensBeyondEmbedding, audit, end_is_learnt
+from loop.trainers.audit import EndNotLearnt, TokensBeyondEmbedding, audit, end_is_learnt, trained_tokens
 from loop.trainers.child import load_tokenizer, stop_ids
-from loop.trainers.loss import collate
-from loop.trainers.rows import UnfitTemplate, tokenise
+from loop.trainers.rows import Example, UnfitTemplate, tokenise
 from loop.trainers.spec import TrainSpec, read_rows
 from tests.bases import TEMPLATE, WORDS, write_base
 
@@ -109,34 +108,32 @@ def test_text_that_becomes_a_control_token_is_named(tmp_path: Path) -> None:
     assert found.warnings == ("1 rows hold the text of a control token, which trains as that token: l2 (<after>)",)
 
 
-def masking_padding_by_id(examples: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def masking_padding_by_id(examples: Sequence[Example], pad_id: int) -> list[list[int]]:
     """What common collators do: with pad = eos, the end of every answer leaves the loss."""
-    batch = collate(examples, pad_id)
-    return {**batch, "answers": batch["answers"] & (batch["input_ids"] != pad_id)}
+    return [[token for token in row if token != pad_id] for row in trained_tokens(examples, pad_id)]
 
 
-def covering_padding(examples: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    batch = collate(examples, pad_id)
-    return {**batch, "answers": torch.ones_like(batch["answers"])}
+def covering_padding(examples: Sequence[Example], pad_id: int) -> list[list[int]]:
+    return [[*row, pad_id] for row in trained_tokens(examples, pad_id)]
 
 
 @pytest.mark.parametrize(
-    ("collator", "said"),
-    [(masking_padding_by_id, "leaves out the token that ends the answer"), (covering_padding, "covers padding")],
+    ("trained", "said"),
+    [(masking_padding_by_id, "leaves out tokens of the answer, or its end"), (covering_padding, "covers padding")],
 )
-def test_padding_with_the_end_keeps_the_end_in_the_loss(tmp_path: Path, collator: Any, said: str) -> None:
+def test_padding_with_the_end_keeps_the_end_in_the_loss(tmp_path: Path, trained: Any, said: str) -> None:
     """Ours does; one that masks by id, or not at all, is found out."""
     spec = spec_of(tmp_path, "Ines did", "it did it did it", tokenizer={"pad_token": "<end>"})
     tokenizer = load_tokenizer(spec)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
     stops = stop_ids(spec.base_dir, tokenizer)
     examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, 1024)
-    end_is_learnt(examples, stops, tokenizer, collate)
+    end_is_learnt(examples, stops, END, trained_tokens)
     with pytest.raises(EndNotLearnt, match=said):
-        end_is_learnt(examples, stops, tokenizer, collator)
+        end_is_learnt(examples, stops, END, trained)
 
 
-def test_without_any_end_nothing_is_trained(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path)
+def test_without_any_end_nothing_is_trained() -> None:
+    """A base whose files name none would talk for ever."""
     with pytest.raises(EndNotLearnt, match="names a token that ends an answer"):
-        end_is_learnt([], frozenset(), load_tokenizer(spec), collate)
+        end_is_learnt([], frozenset(), 0, trained_tokens)
