@@ -11,8 +11,10 @@ HOST = "127.0.0.1"
 MAX_BATCHED_TOKENS = 2048
 
 
-def engine_command(settings: EngineSettings, base_dir: Path, base_name: str, port: int) -> list[str]:
-    """The API key is not on it: every user of the machine can read a command line."""
+def engine_command(
+    settings: EngineSettings, base_dir: Path, base_name: str, port: int, chat_template: Path | None = None
+) -> list[str]:
+    """The API key is not on it: every user of the machine can read a command line. `chat_template`: a project's own."""
     loras = str(settings.max_loras)
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base_dir.resolve())),
@@ -22,6 +24,8 @@ def engine_command(settings: EngineSettings, base_dir: Path, base_name: str, por
         *("--enable-lora", "--max-loras", loras, "--max-cpu-loras", loras),
         *("--max-lora-rank", str(settings.max_lora_rank), "--max-logprobs", "20"),
     ]
+    if chat_template is not None:
+        command += ["--chat-template", str(chat_template.resolve())]
     if settings.device == "cpu":
         command += _for_cpu(settings)
     return [*command, *settings.extra_args]

@@ -44,7 +44,7 @@ async def examination_engine(context: StageContext) -> AsyncIterator[Replica]:
 @asynccontextmanager
 async def own_engine(settings: EngineSettings, project: ProjectSettings, log_path: Path) -> AsyncIterator[Replica]:
     port = _free_port()
-    command = engine_command(settings, project.base_dir, project.base_name, port)
+    command = engine_command(settings, project.base_dir, project.base_name, port, project.chat_template)
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     key = settings.api_key.get_secret_value() if settings.api_key else None
     with log_path.open("ab") as log:

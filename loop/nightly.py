@@ -40,8 +40,8 @@ EXAMINE: tuple[Stage, ...] = (
     Stage("preflight", (Delta,), Preflight, preflight.run),
     Stage("train", (Delta, Preflight), Trained, train.run),
     Stage("register", (Delta, Preflight, Trained), Registered, register.run),
-    Stage("evaluate", (Delta, Registered), Evaluated, evaluate.run),
-    Stage("decide", (Delta, Trained, Registered, Evaluated), Decided, decide.run),
+    Stage("evaluate", (Delta, Preflight, Registered), Evaluated, evaluate.run),
+    Stage("decide", (Delta, Preflight, Trained, Registered, Evaluated), Decided, decide.run),
 )
 
 PROMOTE: tuple[Stage, ...] = (

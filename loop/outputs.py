@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from loop.stage import StageOutput
 from loop.tables import NightState
 
@@ -30,9 +32,16 @@ class Delta(StageOutput):
 
 
 class Preflight(StageOutput):
+    """`warnings` stand in the report with their cures; `environment` is what the next nights are compared with."""
+
     spec_path: str
     base_digest: str
+    template_digest: str = ""  # of the chat template in force
     checks: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(
+        default_factory=dict
+    )  # driver, device, CUDA and package versions of the trainer
 
 
 class Trained(StageOutput):

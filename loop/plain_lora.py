@@ -79,3 +79,8 @@ def expected_shapes(base: dict[str, Any], modules: Sequence[str], rank: int) -> 
             place = f"base_model.model.model.layers.{layer}.{BLOCK_OF[module]}.{module}"
             yield f"{place}.lora_A.weight", (rank, sides[module][0])
             yield f"{place}.lora_B.weight", (sides[module][1], rank)
+
+
+def parameters(base: dict[str, Any], modules: Sequence[str], rank: int) -> int:
+    """How many numbers such a LoRA trains."""
+    return sum(rows * columns for _, (rows, columns) in expected_shapes(base, modules, rank))

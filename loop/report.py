@@ -8,7 +8,7 @@ from typing import Any
 
 from loop.gate import GateVerdict, flagged
 from loop.gate_families import FLAGGED, POOL, FamilyVerdict
-from loop.outputs import Delta, Evaluated, Registered
+from loop.outputs import Delta, Evaluated, Preflight, Registered
 from loop.settings import GateSettings
 from loop.tables import NightState
 
@@ -38,6 +38,9 @@ class NightFacts:
     regressions: Mapping[str, Sequence[dict[str, Any]]]
     labellers: Mapping[str, int]
     cost: Mapping[str, Any]
+    preflight: Preflight
+    recipe: Mapping[str, str]
+    licences: Mapping[str, str]  # of base and data; empty where nothing names one
 
 
 def summary(facts: NightFacts) -> dict[str, Any]:
@@ -65,6 +68,11 @@ def summary(facts: NightFacts) -> dict[str, Any]:
         "adapter_digest": facts.adapter_digest,
         "mlflow_version": str(facts.registered.version),
         "cost": dict(facts.cost),
+        "template_digest": facts.preflight.template_digest,
+        "environment": facts.preflight.environment,
+        "warnings": list(facts.preflight.warnings),
+        "recipe": dict(facts.recipe),
+        "licences": dict(facts.licences),
     }
 
 
@@ -86,6 +94,7 @@ def report(facts: NightFacts) -> str:
         _table(facts),
         _regressions(facts),
         _training(facts),
+        _preflight(facts),
         _cost(facts),
         _identity(facts),
     ]
@@ -103,6 +112,7 @@ def _head(facts: NightFacts) -> str:
     verdict = facts.verdict
     others = [f"- also: {finding.reason}" for finding in verdict.findings[1:]]
     notes = [f"- note: {note}" for note in verdict.notes]
+    notes += [f"- before training: {warning}" for warning in facts.preflight.warnings]
     lines = [
         f"# {facts.registered.adapter}: {WORDS[verdict.state]}",
         "",
@@ -191,6 +201,11 @@ def _training(facts: NightFacts) -> str:
     return "\n".join(lines)
 
 
+def _preflight(facts: NightFacts) -> str:
+    """Every check that was looked at; what needs mending stands at the top already."""
+    return "\n".join(["## Looked at before training", "", *[f"- {check}" for check in facts.preflight.checks]])
+
+
 def _cost(facts: NightFacts) -> str:
     cost = facts.cost
     stages = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in cost["stage_seconds"].items())
@@ -211,6 +226,7 @@ def _identity(facts: NightFacts) -> str:
             f"| adapter {facts.registered.adapter} | `{facts.adapter_digest}` |",
             f"| compared with {evaluated.current} | `{evaluated.current_digest}` |",
             f"| base | `{facts.base_digest}` |",
+            f"| chat template | `{facts.preflight.template_digest or 'not recorded'}` |",
             f"| training data | `{facts.delta.digest}` |",
             f"| exam | `{evaluated.tasks_digest}` |",
         ]
@@ -218,11 +234,14 @@ def _identity(facts: NightFacts) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line of a table, whatever a model or a user wrote."""
+    return one_line(text) or "*(empty)*"
+
+
+def one_line(text: str) -> str:
+    """Whatever a model or a user wrote, as text that fits into a line of a table."""
     plain = " ".join(text.split())
     short = plain if len(plain) <= TEXT_SHOWN else f"{plain[:TEXT_SHOWN]}…"
-    escaped = short.replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
-    return escaped or "*(empty)*"
+    return short.replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
 
 
 def _line_json(line: FamilyVerdict) -> dict[str, Any]:

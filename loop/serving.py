@@ -11,6 +11,7 @@ from labeling.database import now
 from labeling.errors import Conflict, NotFound, Refused, Unavailable
 from loop import states
 from loop.clients import Clients
+from loop.model_card import with_switch
 from loop.settings import ProjectSettings
 from loop.tables import Adapter, Night, NightState, Promotion, Serving
 
@@ -105,12 +106,28 @@ async def follow(clients: Clients, project: ProjectSettings) -> None:
         promotion = await latest_promotion(session, project.name)
     try:
         await _set_aliases(clients, serving)
+        if promotion is not None and not promotion.told:
+            await _describe_switch(clients, promotion)
     except (Unavailable, Refused) as error:
         log.warning("aliases_do_not_follow", project=project.name, code=error.code, reason=str(error), hint=error.hint)
         return
     if promotion is not None and not promotion.told:
         async with clients.database.write() as session:
             await session.execute(update(Promotion).where(col(Promotion.id) == promotion.id).values(told=True))
+
+
+async def _describe_switch(clients: Clients, promotion: Promotion) -> None:
+    """Who approved stands on the version's page."""
+    version = (await get_adapter(clients, promotion.to_adapter)).version
+    info = await clients.registry.version_info(promotion.project, version)
+    if info is None:  # deleted there: nothing to describe
+        return
+    described = with_switch(info.description, promotion)
+    if described != info.description:
+        await clients.registry.set_description(promotion.project, version, described)
+    if promotion.forwards:
+        tags = {"nightschool.approved_by": promotion.by, "nightschool.approved_at": promotion.at.isoformat()}
+        await clients.registry.set_tags(promotion.project, version, tags)
 
 
 async def _set_aliases(clients: Clients, serving: Serving) -> None:

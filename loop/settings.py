@@ -237,6 +237,13 @@ class ApprovalSettings(Strict):
     expires_hours: float = Field(72.0, gt=0, le=8760)
 
 
+class PreflightSettings(Strict):
+    """[projects.preflight]: what is found too slow or too large before a night trains; a warning in its report."""
+
+    disk_mb_per_s_at_least: float = Field(20.0, ge=0, le=100_000, description="Of the data folder, written and synced")
+    caches_gb_at_most: float = Field(50.0, ge=0, le=100_000, description="Of all known caches together")
+
+
 class ProjectSettings(Strict):
     """[[projects]]: one app."""
 
@@ -245,11 +252,16 @@ class ProjectSettings(Strict):
     base_name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,120}$", description="The base's served name on every replica"
     )
+    chat_template: Path | None = Field(
+        None, description="Jinja file used instead of the base's own: in training, in the gate and by managed vLLM"
+    )
+    data_licence: str = Field("", max_length=200, description="What the model card says of the training data's licence")
     min_labels: int = Field(8, ge=1, le=1_000_000)
     schedule: ScheduleSettings = ScheduleSettings()
     labeling: LabelingSettings = LabelingSettings()
     trainer: TrainerSettings = TrainerSettings()
     replay: ReplaySettings = ReplaySettings()
+    preflight: PreflightSettings = PreflightSettings()
     gate: GateSettings = GateSettings()
     approval: ApprovalSettings = ApprovalSettings()
 

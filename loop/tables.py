@@ -165,3 +165,12 @@ class Promotion(SQLModel, table=True):
     night_id: str | None = None
     told: bool = False  # MLflow's aliases have followed; until then an alias there asks for nothing
     at: datetime = Field(default_factory=now, sa_column=_time())
+
+    @property
+    def forwards(self) -> bool:
+        """Versions only grow: a switch to an older one is a roll back."""
+        return _number(self.to_adapter) > _number(self.from_adapter)
+
+
+def _number(adapter: str) -> int:
+    return int(adapter.rpartition("@v")[2])

@@ -35,6 +35,8 @@ app.add_typer(night, name="night")
 app.add_typer(feedback, name="feedback")
 app.add_typer(keys, name="keys")
 app.add_typer(labels, name="labels")
+model = typer.Typer(help="The base model: fetched once, looked at.", no_args_is_help=True)
+app.add_typer(model, name="model")
 queue = typer.Typer(
     help="The review queue: what waits, why in that order, what choosing has brought.", no_args_is_help=True
 )
@@ -250,6 +252,26 @@ def gold_retire(
 ) -> None:
     """Ask a gold question no more; what was answered counts on."""
     _call("commands.gold:retire", settings, gold_id, project=project)
+
+
+@model.command("fetch")
+def model_fetch(
+    what: Annotated[str, typer.Argument(help="owner/name, the URL of a model's page, or a folder.")],
+    to: Annotated[Path | None, typer.Option(help="Default: models/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
+) -> None:
+    """Bring a base model into a folder: safetensors, tokenizer, template and licence, verified; no pickles, no code."""
+    _call("commands.model:fetch", what, to=to, revision=revision)
+
+
+@model.command("show")
+def model_show(
+    folder: Annotated[Path, typer.Argument(help="A base model's folder.")],
+    as_json: AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare with the record.")] = False,
+) -> None:
+    """What a base model is: source, licence, architecture, parameters, digests."""
+    _call("commands.model:show", folder, as_json=as_json, verify=verify)
 
 
 @keys.command("create")

@@ -89,11 +89,13 @@ class LabelStudioLogin:
         )
 
 
-def vllm(settings: EngineSettings, base_dir: Path, base_name: str, port: int, folder: Path) -> Server:
+def vllm(
+    settings: EngineSettings, base_dir: Path, base_name: str, port: int, folder: Path, chat_template: Path | None = None
+) -> Server:
     return Server(
         name="vllm",
         url=f"http://{HOST}:{port}",
-        command=tuple(engine_command(settings, base_dir, base_name, port)),
+        command=tuple(engine_command(settings, base_dir, base_name, port, chat_template)),
         environment=engine_environment(settings),
         folder=folder,
         health="/health",

@@ -18,7 +18,10 @@ from loop.settings import EngineSettings, MlflowSettings, ObjectStoreSettings, P
 
 SECRET_KEYS = frozenset({"token", "password", "api_key", "access_key", "secret_key"})
 PATH_KEYS = frozenset(
-    {"data_dir", "base_dir", "held_out_file", "prompts_file", "folder", "embedding_model_dir", "names_model_dir"}
+    {
+        *("data_dir", "base_dir", "chat_template", "held_out_file", "prompts_file", "folder"),
+        *("embedding_model_dir", "names_model_dir"),
+    }
 )
 
 
@@ -82,6 +85,8 @@ class Settings(Strict):
                 "all projects of one installation share one base model (base_name, base_dir): "
                 "run another installation for another base"
             )
+        if len({project.chat_template for project in self.projects}) > 1:
+            raise ValueError("all projects of one installation share one engine, and so one chat_template")
         return self
 
     @property

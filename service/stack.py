@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from loop.adapter_files import read_base_config
+from loop.chat_template import chat_template
 from service import servers
 from service.children import Child, ServerFailed
 from service.servers import LabelStudioLogin, Server
@@ -59,7 +60,9 @@ async def start_stack(settings: Settings, *, log_dir: Path, progress: Progress) 
     A second start over the same data directory finds the same databases, secrets and logins.
     """
     if settings.vllm.managed:
-        read_base_config(settings.projects[0].base_dir)  # no model there: said before anything is started
+        project = settings.projects[0]
+        read_base_config(project.base_dir)  # no model there, or no template: said before anything is started
+        chat_template(project.base_dir, project.chat_template)
     login = _login(settings)
     managed = _managed(settings, login)
     kept = tuple(Kept(server, log_dir) for server in managed.values())
@@ -94,7 +97,14 @@ def _managed(settings: Settings, login: LabelStudioLogin | None) -> dict[str, Se
     ports = servers.free_ports(3)
     found = {}
     if settings.vllm.managed:
-        found["vllm"] = servers.vllm(settings.vllm, project.base_dir, project.base_name, ports[0], data_dir / "vllm")
+        found["vllm"] = servers.vllm(
+            settings.vllm,
+            project.base_dir,
+            project.base_name,
+            ports[0],
+            data_dir / "vllm",
+            chat_template=project.chat_template,
+        )
     if login is not None:
         found["label_studio"] = servers.label_studio(settings.label_studio, login, ports[1], data_dir / "label-studio")
     if settings.mlflow.managed:

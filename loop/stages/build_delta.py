@@ -16,6 +16,7 @@ from labeling.tables import GoodAnswer
 from loop import training_examples as examples
 from loop.adapter_files import base_digest
 from loop.base_answers import base_answers
+from loop.chat_template import answering_digest
 from loop.contamination import clean, suite_items
 from loop.digests import digest_folder, write_jsonl
 from loop.outputs import Delta, SyncedLabels
@@ -43,7 +44,7 @@ async def run(context: StageContext) -> Delta:
     answers = await base_answers(
         replica,
         project.base_name,
-        base_digest(project.base_dir),
+        answering_digest(project, base_digest(project.base_dir)),
         project.replay,
         context.data_dir,
         whole=project.trainer.replay_loss == "ce",

@@ -17,11 +17,13 @@ from loop.family_rows import read_family, regressions
 from loop.gate import GateVerdict, decide
 from loop.lm_eval import tasks_of
 from loop.model_card import model_card
-from loop.outputs import Decided, Delta, Evaluated, Registered, Trained
+from loop.model_record import licence
+from loop.outputs import Decided, Delta, Evaluated, Preflight, Registered, Trained
 from loop.report import NightFacts, report
 from loop.settings import GateSettings
 from loop.stage import StageContext
 from loop.tables import Adapter, LabelUse, StageMarker
+from loop.trainers.spec import read_spec
 
 
 async def run(context: StageContext) -> Decided:
@@ -63,7 +65,7 @@ def expected_families(data_dir: Path, gate: GateSettings) -> dict[str, int | Non
 
 async def _facts(context: StageContext) -> NightFacts:
     delta, trained, evaluated = context.take(Delta), context.take(Trained), context.take(Evaluated)
-    registered = context.take(Registered)
+    registered, preflight = context.take(Registered), context.take(Preflight)
     gate = context.project.gate
     return NightFacts(
         project=context.project.name,
@@ -79,7 +81,26 @@ async def _facts(context: StageContext) -> NightFacts:
         regressions={result.name: regressions(result) for result in evaluated.families},
         labellers=await _labellers(context),
         cost=night_cost(await _stage_seconds(context), trained.result),
+        preflight=preflight,
+        recipe=_recipe(context, trained),
+        licences={"base": licence(context.project.base_dir), "data": context.project.data_licence},
     )
+
+
+def _recipe(context: StageContext, trained: Trained) -> dict[str, str]:
+    """How it was trained, in the words of the settings."""
+    spec = read_spec(Path(context.take(Preflight).spec_path))
+    return {
+        "method": spec.method,
+        "backend": context.project.trainer.backend,
+        "quantisation": spec.quantisation,
+        "rank": str(spec.lora.rank),
+        "alpha": f"{spec.lora.alpha:g}",
+        "modules": ", ".join(spec.lora.target_modules),
+        "learning_rate": f"{spec.schedule.learning_rate:g}",
+        "steps": str(trained.result.get("steps", "")),
+        "seed": str(spec.seed),
+    }
 
 
 async def _base_digest(context: StageContext, adapter: str) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from labeling.errors import Conflict
+from loop.chat_template import require_same_template, tokenizer_folder
 from loop.digests import digest_json
 from loop.evaluation_cache import EvaluationCache
 from loop.examination import Examiner, Models, exam_families, write_tasks
 from loop.examination_engine import examination_engine
 from loop.lm_eval import Harness, Served, run_tasks, tasks_digest_parts, tasks_of
-from loop.outputs import Delta, Evaluated, FamilyResult, Registered
+from loop.outputs import Delta, Evaluated, FamilyResult, Preflight, Registered
 from loop.probe import take_probe
-from loop.settings import EngineSettings
 from loop.stage import StageContext
 from loop.tables import Adapter, Serving
 from loop.vllm import Replica
@@ -25,6 +25,7 @@ class NothingServes(Conflict):
 
 
 async def run(context: StageContext) -> Evaluated:
+    require_same_template(context.project, context.take(Preflight).template_digest)
     current, candidate = await _rows(context)
     models = _models(context, current, candidate)
     async with examination_engine(context) as replica:
@@ -60,7 +61,7 @@ async def _families(
     context: StageContext, replica: Replica, models: Models
 ) -> tuple[tuple[FamilyResult, ...], dict[str, float]]:
     items = exam_families(Path(context.take(Delta).data_dir), context.project.gate)
-    engine = _engine_key(context.engine, models.base.digest, await replica.version())
+    engine = _engine_key(context, models.base.digest, await replica.version())
     examiner = _examiner(context, replica, models, engine)
     results = examiner.write(context.folder, items, await examiner.ask(items))
     context.progress({"doing": "lm-eval"})
@@ -101,9 +102,12 @@ def _examiner(context: StageContext, replica: Replica, models: Models, engine: d
     )
 
 
-def _engine_key(engine: EngineSettings, base_digest: str, version: str) -> dict[str, Any]:
-    """What of the engine can change an answer."""
+def _engine_key(context: StageContext, base_digest: str, version: str) -> dict[str, Any]:
+    """What of the engine can change an answer; the base's digest covers its own template."""
+    engine, own = context.engine, context.project.chat_template
+    template = {"chat_template": context.take(Preflight).template_digest} if own else {}
     return {
+        **template,
         "version": version,
         "base": base_digest,
         "device": engine.device,
@@ -127,7 +131,9 @@ async def _tasks(
         cache=EvaluationCache(context.data_dir),
         url=replica.url,
         api_key=key.get_secret_value() if key else "",
-        base_dir=context.project.base_dir,
+        base_dir=tokenizer_folder(
+            context.project.base_dir, context.project.chat_template, context.folder / "tokenizer"
+        ),
         base_digest=models.base.digest,
         engine=engine,
         max_length=context.engine.max_model_len,

@@ -3,51 +3,89 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from labeling.errors import Refused
+from labeling.errors import InvalidInput, NightschoolError, Refused
 from loop.adapter_files import base_digest
+from loop.chat_template import ChatTemplate, chat_template
+from loop.digests import write_durably
 from loop.machine_memory import this_machine
 from loop.memory_record import gib
 from loop.outputs import Delta, Preflight
+from loop.preflight import base_model, caches, machine, serving, trainer_environment
+from loop.preflight.finding import Finding, PreflightFailed
+from loop.preflight.look import Look
 from loop.projects import require_same_base
 from loop.run_plan import planned
-from loop.settings import ProjectSettings
 from loop.stage import StageContext
 from loop.trainers.spec import TrainSpec, read_rows, render, write_spec
 
-SPARE_BYTES = 500_000_000  # logs, evaluation samples and the registry's copy of a small adapter
+Check = Callable[[Look], Awaitable[list[Finding]]]
 
+# Seconds first, minutes last. Each reads what an earlier one has left: the tokens to compare come from the audit.
+CHECKS: tuple[Check, ...] = (
+    base_model.weights,
+    base_model.trainable,
+    base_model.tokenizer,
+    serving.adapter_servable,
+    serving.same_base,
+    machine.disk_room,
+    machine.disk_speed,
+    machine.memory,
+    caches.caches,
+    trainer_environment.tokenizer_at_work,
+    serving.same_tokens,
+    trainer_environment.kernels,
+)
 
-class PreflightFailed(Refused):
-    code = "preflight_failed"
+# A child process each, or fed by one: of no use once something else has failed.
+COSTLY = (trainer_environment.tokenizer_at_work, serving.same_tokens, trainer_environment.kernels)
 
 
 async def run(context: StageContext) -> Preflight:
-    delta = context.take(Delta)
-    project = context.project
-    digest = base_digest(project.base_dir)
-    await require_same_base(context.clients, project, digest)
-    checks = [
-        f"base {project.base_name}: {digest}",
-        _rank_servable(project, context.engine.max_lora_rank),
-        _room(context.data_dir, project.base_dir),
-        *[await _served(context, index, digest) for index in range(len(context.clients.replicas))],
-    ]
-    path = context.folder / "spec.json"
-    spec = render(
-        project.trainer,
-        base_dir=project.base_dir.resolve(),
-        base_name=project.base_name,
-        base_digest=digest,
-        data_dir=Path(delta.data_dir),
-        out_dir=context.folder / "out",
+    look = await _look(context)
+    findings: list[Finding] = [Finding(f"base {context.project.base_name}: {look.spec.base_digest}")]
+    findings.append(Finding(f"chat template {look.template.source.name}: {look.template.digest}"))
+    failures: list[NightschoolError] = []
+    for check in CHECKS:
+        context.progress({"doing": f"preflight: {check.__name__.replace('_', ' ')}"})
+        if failures and check in COSTLY:
+            continue
+        try:
+            findings += await check(look)
+        except (Refused, InvalidInput) as error:
+            failures.append(error)
+    _all_well(failures)
+    findings.append(await _plan_memory(look))
+    for finding in findings:
+        if finding.cure:
+            context.log.warning("preflight", found=finding.text, cure=finding.cure)
+    return Preflight(
+        spec_path=str(context.folder / "spec.json"),
+        base_digest=look.spec.base_digest,
+        template_digest=look.template.digest,
+        checks=tuple(finding.text for finding in findings if not finding.cure),
+        warnings=tuple(f"{finding.text}. {finding.cure}" for finding in findings if finding.cure),
+        environment=trainer_environment.environment(look),
     )
-    spec, memory = await asyncio.to_thread(_memory, spec, project.trainer.backend)
-    checks.append(memory)
-    write_spec(spec, path)
-    return Preflight(spec_path=str(path), base_digest=digest, checks=tuple(checks))
+
+
+def _all_well(failures: list[NightschoolError]) -> None:
+    """Every trouble in one go: a night costs a day."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        told = "; ".join(f"({number}) {error}" for number, error in enumerate(failures, 1))
+        cures = " ".join(f"({number}) {error.hint}" for number, error in enumerate(failures, 1) if error.hint)
+        raise PreflightFailed(f"{len(failures)} checks failed: {told}", hint=cures)
+
+
+async def _plan_memory(look: Look) -> Finding:
+    """Rewrites the spec with the plans for it. Last: the base is sound, and no other child of ours is on the card."""
+    spec, words = await asyncio.to_thread(_memory, look.spec, look.context.project.trainer.backend)
+    write_spec(spec, look.context.folder / "spec.json")
+    return Finding(words)
 
 
 def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
@@ -63,43 +101,35 @@ def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     return found.spec, found.words
 
 
-def _rank_servable(project: ProjectSettings, max_rank: int) -> str:
-    if project.trainer.rank > max_rank:
+async def _look(context: StageContext) -> Look:
+    project = context.project
+    digest = await asyncio.to_thread(base_digest, project.base_dir)
+    await require_same_base(context.clients, project, digest)
+    template = chat_template(project.base_dir, project.chat_template)
+    if template is None:
         raise PreflightFailed(
-            f"trainer.rank {project.trainer.rank} is above vLLM's max_lora_rank {max_rank}: it could never be served",
-            hint="Lower projects.trainer.rank, or raise vllm.max_lora_rank and start vLLM with it.",
+            f"{project.base_dir} has no chat template",
+            hint="Name a Jinja file in projects.chat_template; managed vLLM and the gate use it too.",
         )
-    return f"rank {project.trainer.rank} is servable (at most {max_rank})"
+    spec = _spec(context, digest, template)
+    write_spec(spec, context.folder / "spec.json")
+    return Look(context, spec, template)
 
 
-def _room(data_dir: Path, base_dir: Path) -> str:
-    """The worst case: two checkpoints with optimizer state and three copies of an adapter, each well below the base."""
-    needed = SPARE_BYTES + sum(file.stat().st_size for file in base_dir.glob("*.safetensors"))
-    free = shutil.disk_usage(data_dir).free
-    if free < needed:
-        raise PreflightFailed(
-            f"{free / 1e9:.1f} GB free under {data_dir}; a night may need {needed / 1e9:.1f} GB",
-            hint="Free disk space or move data_dir, then `nightschool night run --resume`.",
-        )
-    return f"{free / 1e9:.0f} GB free, {needed / 1e9:.1f} GB needed at worst"
-
-
-async def _served(context: StageContext, index: int, digest: str) -> str:
-    """The replica serves this very base: by name, and by bytes where its folder can be seen from here."""
-    replica, name = context.clients.replicas[index], context.project.base_name
-    served = {model.name: model for model in await replica.served_models()}
-    if name not in served:
-        raise PreflightFailed(
-            f"{replica.url} does not serve {name!r}; it serves {', '.join(sorted(served)) or 'nothing'}",
-            hint="Set projects.base_name to the name that vLLM's --served-model-name gives.",
-        )
-    folder = Path(served[name].root)
-    if not (folder / "config.json").is_file():
-        return f"{replica.url} serves {name} (its folder cannot be seen from here: trusted by name)"
-    seen = base_digest(folder)
-    if seen != digest:
-        raise PreflightFailed(
-            f"{replica.url} serves {name!r} from {folder}, which is not the model in {context.project.base_dir}",
-            hint="Point projects.base_dir at the folder that vLLM serves, or start vLLM from base_dir.",
-        )
-    return f"{replica.url} serves {name} with the same bytes"
+def _spec(context: StageContext, digest: str, template: ChatTemplate) -> TrainSpec:
+    """With a copy of the project's own template: a file edited during the night changes nothing any more."""
+    own = None
+    if context.project.chat_template is not None:
+        own = context.folder / "chat_template.jinja"
+        write_durably(own, template.text.encode())
+    project = context.project
+    return render(
+        project.trainer,
+        base_dir=project.base_dir.resolve(),
+        base_name=project.base_name,
+        base_digest=digest,
+        data_dir=Path(context.take(Delta).data_dir),
+        out_dir=context.folder / "out",
+        chat_template=own,
+        template_digest=template.digest,
+    )

@@ -33,6 +33,7 @@ async def run(context: StageContext) -> Registered:
             "nightschool.adapter_digest": trained.adapter_digest,
             "nightschool.data_digest": delta.digest,
             "nightschool.base_digest": preflight.base_digest,
+            "nightschool.template_digest": preflight.template_digest or "not recorded",
         },
     )
     name = f"{project.name}@v{version}"

@@ -13,6 +13,7 @@ from labeling.errors import NightschoolError, Unavailable
 from loop.adapter_files import check, read_base_config
 from loop.memory_record import MemoryOutcome, in_words
 from loop.outputs import Delta, Preflight, Trained
+from loop.preflight.caches import trainer_caches
 from loop.stage import StageContext
 from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
 from loop.training_run import with_smaller_plans
@@ -50,7 +51,7 @@ async def run(context: StageContext) -> Trained:
                     context.folder / "spec.json",
                     on_progress=show,
                     log_path=context.folder / "trainer.log",
-                    environment={},
+                    environment=trainer_caches(context.data_dir),
                     python=context.project.trainer.python,
                 ),
                 spec.out_dir,
@@ -144,6 +145,7 @@ def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
         "seed": str(spec.seed),
         "base": spec.base_name,
         "base_digest": spec.base_digest,
+        "template_digest": spec.template_digest,
         "data_digest": delta.digest,
         "label_rows": str(delta.label_rows),
         "replay_rows": str(delta.replay_rows),

@@ -40,6 +40,11 @@ class NoBaseModel(InvalidInput):
     default_hint = "Set projects.base_dir to the local folder of the base: config.json, tokenizer.json, safetensors."
 
 
+class NoTrainerPackages(InvalidInput):
+    code = "no_trainer_packages"
+    default_hint = "Install nightschool[train] there, or name another environment's Python in projects.trainer.python."
+
+
 class Stopped(NightschoolError):
     code = "stopped"
     default_hint = "Start the same spec again: it goes on from the last checkpoint."
@@ -61,7 +66,12 @@ class Backend:
 
 def main(backend: Backend) -> int:
     """The whole life of a trainer process; its exit status."""
-    parser = argparse.ArgumentParser(description="Train one adapter as a spec says.")
+    return live("Train one adapter as a spec says.", lambda spec, _, channel: run(spec, backend, channel))
+
+
+def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> int:
+    """The life of a process that works on a spec in the trainer's environment; `work` also gets the spec's folder."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--parent", type=int, help="process id; the trainer ends when it does")
     arguments = parser.parse_args()
@@ -71,7 +81,7 @@ def main(backend: Backend) -> int:
     os.environ.update(OFFLINE)
     channel = Channel()
     try:
-        run(read_spec(arguments.spec), backend, channel)
+        work(read_spec(arguments.spec), arguments.spec.parent, channel)
     except NightschoolError as error:
         channel.error(error)
         return 128 + signal.SIGTERM if isinstance(error, Stopped) else 1
@@ -94,6 +104,8 @@ def _stop(*_: object) -> None:
 
 
 def _explained(error: Exception) -> NightschoolError:
+    if isinstance(error, ModuleNotFoundError):
+        return NoTrainerPackages(f"the trainer's environment lacks the package {error.name}")
     from loop.trainers.memory import is_out_of_memory
     from loop.trainers.sft_loop import OutOfMemory
 
@@ -114,13 +126,13 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
         raise NoBaseModel(f"there is no model at {spec.base_dir}")
     backend.start()
     import torch
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     channel.mark("imported")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
-    examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    tokenizer = load_tokenizer(spec)
+    examples = tokenise(rows, tokenizer, stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
     memory = _settle(spec, backend, examples, digest)
     spec = memory.settled() if memory else without_plan(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
@@ -166,7 +178,7 @@ def _train_and_write(
         phases=channel.phases,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
-        packages=_versions(),
+        packages=versions(),
         device=trained.device,
         memory=memory.outcome() if memory else None,
     )
@@ -174,7 +186,17 @@ def _train_and_write(
     shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)
 
 
-def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
+def load_tokenizer(spec: TrainSpec) -> Any:
+    """The base's, with the project's own chat template where it has one. The audit uses this very function."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True, trust_remote_code=False)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer of this base: some families have several."""
     from transformers import GenerationConfig
 
@@ -185,7 +207,7 @@ def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     installed = {name: _version(name) for name in PACKAGES}
     return {name: version for name, version in installed.items() if version}
 

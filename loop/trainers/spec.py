@@ -18,6 +18,7 @@ from loop.settings import LINEAR_LAYERS, TrainerSettings
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROWS_FILE = "train.jsonl"
+NOT_DECISIVE = {"out_dir", "data_dir", "base_dir", "chat_template", "threads", "needs_gpu", "memory"}
 
 
 class BadSpec(InvalidInput):
@@ -79,6 +80,8 @@ class TrainSpec(Strict):
     base_name: str = Field(min_length=1, max_length=200)
     base_digest: str = Field(min_length=1, max_length=200)
     data_dir: Path = Field(description=f"Holds {ROWS_FILE}")
+    chat_template: Path | None = Field(None, description="Used instead of the base's own")
+    template_digest: str = Field("", max_length=200, description="Of the template in force")
     method: Literal["sft"] = "sft"
     quantisation: Literal["nf4", "none"] = "nf4"
     lora: LoraSpec = LoraSpec()
@@ -87,6 +90,7 @@ class TrainSpec(Strict):
     memory: MemorySpec = MemorySpec()
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1, le=1024)
+    needs_gpu: bool = Field(False, description="The backend trains on nothing else")
     out_dir: Path
 
 
@@ -146,7 +150,15 @@ class TrainResult(Strict):
 
 
 def render(
-    settings: TrainerSettings, *, base_dir: Path, base_name: str, base_digest: str, data_dir: Path, out_dir: Path
+    settings: TrainerSettings,
+    *,
+    base_dir: Path,
+    base_name: str,
+    base_digest: str,
+    data_dir: Path,
+    out_dir: Path,
+    chat_template: Path | None = None,
+    template_digest: str = "",
 ) -> TrainSpec:
     """The project's recipe as a spec."""
     flat = settings.model_dump()
@@ -161,6 +173,8 @@ def render(
         base_name=base_name,
         base_digest=base_digest,
         data_dir=data_dir,
+        chat_template=chat_template,
+        template_digest=template_digest,
         quantisation=flat["quantisation"],
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
@@ -173,6 +187,7 @@ def render(
         ),
         seed=settings.seed,
         threads=settings.threads,
+        needs_gpu=settings.backend != "peft",
         out_dir=out_dir,
     )
 
@@ -227,7 +242,7 @@ def read_rows(data_dir: Path) -> list[Row]:
 def run_digest(spec: TrainSpec) -> str:
     """Of all that decides the adapter: the spec but for its places, and the rows. A checkpoint of another digest
     is never resumed."""
-    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads", "memory"})
+    decisive = spec.model_dump(mode="json", exclude=NOT_DECISIVE)
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     digest.update((spec.data_dir / ROWS_FILE).read_bytes())
     return f"sha256:{digest.hexdigest()}"

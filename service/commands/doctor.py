@@ -23,9 +23,12 @@ from labeling.errors import NightschoolError, Refused
 from labeling.label_studio import LabelStudioServer
 from labeling.name_recogniser import NameRecogniser
 from labeling.screen_upkeep import ScreenState, look
-from loop.adapter_files import base_digest, read_base_config
+from loop.adapter_files import base_digest
+from loop.base_weights import read_weights
+from loop.chat_template import chat_template
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
+from loop.tokenizer_files import TokenizerUnfit, problems, read_tokenizer
 from loop.vllm import Replica
 from service.commands.local_api import Api, open_api
 from service.data_dir import DataDirLock
@@ -162,10 +165,20 @@ def _data_dir(settings: Settings) -> Finding:
 def _bases(settings: Settings) -> list[Finding]:
     project = settings.projects[0]
     try:
-        read_base_config(project.base_dir)
-        return [Finding("base", "ok", f"{project.base_dir} {base_digest(project.base_dir)[:19]}…")]
+        weights = read_weights(project.base_dir)
+        template = chat_template(project.base_dir, project.chat_template)
+        tokenizer = read_tokenizer(project.base_dir)
+        wrong = problems(tokenizer, weights.embedding_rows, None) if tokenizer else []
     except NightschoolError as error:
         return [Finding("base", "trouble", str(error), error.hint)]
+    if wrong:
+        return [Finding("base", "trouble", "; ".join(wrong), TokenizerUnfit.default_hint)]
+    if template is None:
+        cure = "Name a Jinja file in projects.chat_template."
+        return [Finding("base", "trouble", f"{project.base_dir} has no chat template", cure)]
+    digest = base_digest(project.base_dir)
+    told = f"{project.base_dir} {digest[:19]}…, {weights.parameters:,} parameters, template {template.digest[:19]}…"
+    return [Finding("base", "ok", told)]
 
 
 async def _managed(settings: Settings) -> list[Finding]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from loop.adapter_files import check, read_base_config
 from loop.engine_check import MIXED_TOLERANCE, EngineIll, base_stays_base, canary
 from loop.probe import ProbeFailed, difference, take_probe, verify_probe
 from loop.settings import LINEAR_LAYERS, EngineSettings
+from loop.trainers.audit import PROBES, rendered
+from loop.trainers.spec import Row
 from loop.vllm import AdapterRefused, EngineUnavailable, Message, Replica, RequestRefused, UnknownModel
 from tests.adapters import TINY, write_adapter
 from tests.fakes.vllm import FakeVllm, Faults
@@ -167,6 +170,24 @@ async def test_tokens_are_those_of_the_engines_template(engine: Engine) -> None:
         len(await engine.replica.tokens(engine.base, QUESTION)),
         len(whole),
     ]
+
+
+async def test_the_trainers_tokens_are_the_engines(vllm_server: Any) -> None:
+    """The preflight's comparison, on the real pair: equal with one template, unequal with another."""
+    tokenizer = AutoTokenizer.from_pretrained(vllm_server.base_dir)
+    row = Row.model_validate({"id": "l1", "kind": "label", "messages": ANSWERED})
+    replica = Replica(vllm_server.url)
+    try:
+        found = rendered(tokenizer, [row])
+        assert len(found) == len(PROBES) + 1
+        for one in found:
+            there = await replica.tokens(vllm_server.base_name, one.messages, answered=one.answered)
+            assert tuple(there) == one.tokens, one.messages
+        tokenizer.chat_template = tokenizer.chat_template.replace("named SmolLM", "named Nightschool")
+        other = rendered(tokenizer, [row])[0]
+        assert tuple(await replica.tokens(vllm_server.base_name, other.messages, answered=False)) != other.tokens
+    finally:
+        await replica.close()
 
 
 async def test_log_probabilities_show_what_is_loaded(engine: Engine) -> None:

@@ -68,7 +68,9 @@ class FakeVllm:
     port: int = 0
     root: str = "/models/base"
     max_model_len: int = 1024
+    version: str = "0.32.0"
     answer: Callable[[str, str], str] = default_answer  # (model, last message or prompt) -> text
+    render: Callable[[dict[str, Any]], list[int]] | None = None  # body of /tokenize with messages -> ids; None: by word
     faults: Faults = field(default_factory=Faults)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
@@ -113,7 +115,7 @@ class FakeVllm:
         return web.Response(status=503 if self.faults.unhealthy else 200)
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "0.32.0"})
+        return web.json_response({"version": self.version})
 
     async def _set_faults(self, request: web.Request) -> web.Response:
         known = {f.name for f in fields(Faults)}
@@ -154,8 +156,10 @@ class FakeVllm:
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await _object(request)
         self.shift_of(body.get("model") or self.base)
-        text = body["prompt"] if "prompt" in body else _templated(body)
-        tokens = self.tokens(text)
+        if self.render is not None and "messages" in body:
+            tokens = self.render(body)
+        else:
+            tokens = self.tokens(body["prompt"] if "prompt" in body else _templated(body))
         return _json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens, "token_strs": None})
 
     def tokens(self, text: str) -> list[int]:

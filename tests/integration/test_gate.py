@@ -28,7 +28,7 @@ from loop.executors import LocalExecutor
 from loop.gate import GateVerdict
 from loop.mlflow_registry import Registry
 from loop.object_store import open_store
-from loop.outputs import Delta, Registered
+from loop.outputs import Delta, Preflight, Registered
 from loop.plain_lora import AdapterRejected
 from loop.scoring import ExamItem, question_item, score
 from loop.settings import (
@@ -224,6 +224,7 @@ async def _examine(bench: Bench, version: int, adapter: Path, delta: Delta) -> G
 def _context(bench: Bench, version: int, delta: Delta, registered: Registered) -> StageContext:
     folder = bench.folder / f"evaluate.{version}"
     folder.mkdir()
+    preflight = Preflight(spec_path="", base_digest=bench.base_digest, checks=())
     return StageContext(
         night_id=f"ni_{version}",
         project=bench.project,
@@ -234,7 +235,7 @@ def _context(bench: Bench, version: int, delta: Delta, registered: Registered) -
         clients=bench.clients,
         log=structlog.get_logger(),
         progress=lambda line: None,
-        inputs={Delta: delta, Registered: registered},
+        inputs={Delta: delta, Preflight: preflight, Registered: registered},
     )
 
 

@@ -74,6 +74,10 @@ async def test_moving_production_promotes(company: Company, engines: tuple[FakeV
     (record,) = await company.promotions()
     assert (record.by, record.night_id) == (promotion.UNATTRIBUTED, night_id)
     assert await company.poll() is None
+    version = await company.clients.registry.version_info(company.project.name, 2)
+    assert version is not None
+    assert version.description.startswith(f"**Approved** by {promotion.UNATTRIBUTED} at ")
+    assert version.tags["nightschool.approved_by"] == promotion.UNATTRIBUTED
 
 
 async def test_where_a_name_is_wanted_the_alias_is_put_back(company: Company) -> None:

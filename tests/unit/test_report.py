@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,12 @@ from labeling.database import Database, now
 from loop.digests import read_jsonl, write_jsonl
 from loop.evidence import build_evidence, evidence_hash, is_genuine, keep_evidence
 from loop.family_rows import ExaminedItem, Result, read_family, regressions, write_family
-from loop.model_card import model_card
-from loop.outputs import Delta, Evaluated, FamilyResult, Registered
+from loop.model_card import model_card, with_switch
+from loop.outputs import Delta, Evaluated, FamilyResult, Preflight, Registered
 from loop.report import NightFacts, report, summary
 from loop.settings import GateSettings
 from loop.stages.decide import expected_families, judge
-from loop.tables import Evidence, Night, NightState
+from loop.tables import Evidence, Night, NightState, Promotion
 
 GATE = GateSettings(margin_points=8.0, general_probes=False)
 
@@ -69,6 +69,16 @@ def facts(folder: Path, *, lost: int = 0, wrong_score: float | None = None) -> N
         regressions={result.name: regressions(result) for result in families},
         labellers={"ada": 8, "bo": 4},
         cost={"seconds": 100.0, "stage_seconds": {"train": 80.0, "evaluate": 20.0}, "peak_memory_bytes": 2_000_000_000},
+        preflight=Preflight(
+            spec_path="/s",
+            base_digest="sha256:b",
+            template_digest="sha256:p",
+            checks=("weights whole",),
+            warnings=("the disk is slow. Move it.",),
+            environment={"driver": "580.1", "device": "NVIDIA H100"},
+        ),
+        recipe={"method": "sft", "rank": "16", "learning_rate": "0.002"},
+        licences={"base": "apache-2.0", "data": ""},
     )
 
 
@@ -155,6 +165,45 @@ def test_the_model_card_says_decision_table_and_what_to_do(tmp_path: Path) -> No
     assert "| good_answers | 80 |" in card
     assert "move the alias `production`" in card
     assert "Not for production" in model_card(facts(tmp_path, lost=9), "sha256:e")
+
+
+def test_the_model_card_carries_what_an_audit_asks_for(tmp_path: Path) -> None:
+    """Data, licences, method, template, machine; what nobody has named says how to name it."""
+    card = model_card(facts(tmp_path), "sha256:e")
+    for part in (
+        "| base | `sha256:b` |",
+        "| licence of the base | apache-2.0 |",
+        "| training data | `sha256:d`, 24 rows |",
+        "| licence of the data | not named: `projects.data_licence` |",
+        "| chat template | `sha256:p` |",
+        "| method | method sft, rank 16, learning rate 0.002 |",
+        "| trained on | NVIDIA H100 |",
+    ):
+        assert part in card, part
+
+
+def test_the_model_card_says_who_approved(tmp_path: Path) -> None:
+    """At the top, once, whatever a person wrote as the reason; a roll back adds its own line."""
+    card = model_card(facts(tmp_path), "sha256:e")
+    at = datetime(2026, 11, 25, 8, 30, tzinfo=UTC)
+    forwards = Promotion(project="app", from_adapter="app@v1", to_adapter="app@v2", by="ada", why="looks | <b>", at=at)
+    approved = with_switch(card, forwards)
+    assert approved.startswith(
+        "**Approved** by ada at 2026-11-25 08:30 UTC, instead of `app@v1`: looks \\| &lt;b>.\n\n**passed"
+    )
+    assert with_switch(approved, forwards) == approved
+    back = Promotion(project="app", from_adapter="app@v10", to_adapter="app@v2", by="bo", why="", at=at)
+    assert with_switch(approved, back).startswith("**Rolled back to** by bo")
+
+
+def test_warnings_of_the_preflight_stand_at_the_top(tmp_path: Path) -> None:
+    """With their cure; what was looked at has a section of its own, and the next night finds the environment."""
+    night = facts(tmp_path)
+    text = report(night)
+    assert text.index("before training: the disk is slow. Move it.") < text.index("## Before and after")
+    assert "## Looked at before training\n\n- weights whole" in text
+    assert "| chat template | `sha256:p` |" in text
+    assert summary(night)["environment"] == {"driver": "580.1", "device": "NVIDIA H100"}
 
 
 def test_any_change_of_the_evidence_breaks_its_hash(tmp_path: Path) -> None:
