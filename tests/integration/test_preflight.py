@@ -141,6 +141,7 @@ async def test_a_sound_night_is_told_and_the_next_one_is_compared_with_it(
         "1 rows go through the chat template whole",
         "renders 5 conversations into the trainer's tokens",
         "kernels work on ",
+        "checkpointing ",
     ):
         assert part in told, part
     assert first.warnings == ()
@@ -148,6 +149,7 @@ async def test_a_sound_night_is_told_and_the_next_one_is_compared_with_it(
     assert "torch" in first.environment
     spec = json.loads(Path(first.spec_path).read_text())
     assert spec["template_digest"] == first.template_digest != ""
+    assert spec["memory"]["plans"]
 
     monkeypatch.setattr(preflight, "CHECKS", (trainer_environment.kernels,))
     await installed.passed({**first.environment, "driver": "570.1", "torch": "2.0.0", "xformers": "1"})
@@ -281,6 +283,20 @@ async def test_limits_of_disk_and_caches_are_warnings_with_cures(
     assert "preflight.disk_mb_per_s_at_least is 100000. Move data_dir" in slow
     assert f"{kept} 0.1 GB" in grown
     assert "Delete those folders" in grown
+
+
+async def test_a_training_that_can_never_fit_is_refused(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it starts, with what it needs; planned only once the rest is well."""
+    monkeypatch.setattr(preflight, "CHECKS", ())
+    trainer = installed.project.trainer.model_copy(update={"memory_budget_gib": 0.01})
+    installed.project = installed.project.model_copy(update={"trainer": trainer})
+    error = await failing(installed)
+    assert "training needs" in str(error)
+    assert "may take 0.0 GiB" in str(error)
+    assert "trainer.memory_budget_gib" in error.hint
+    monkeypatch.setattr(preflight, "CHECKS", (serving.same_base,))
+    installed.engine.base = "other"
+    assert "does not serve 'base'" in str(await failing(installed))
 
 
 async def test_a_folder_that_cannot_be_written_is_told(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
