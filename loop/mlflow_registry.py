@@ -107,6 +107,12 @@ class Registry:
             batch = rows[start : start + METRICS_A_REQUEST]
             await self._call(f"logging metrics of run {run_id}", partial(_log_metrics, run_id=run_id, metrics=batch))
 
+    async def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        def put(client: MlflowClient) -> None:
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+        await self._call(f"tagging run {run_id}", put)
+
     async def log_files(self, run_id: str, path: Path, place: str | None = None) -> None:
         """A file or a folder as artifacts of the run, under `place`."""
         log = "log_artifacts" if path.is_dir() else "log_artifact"

@@ -13,7 +13,19 @@ from sqlmodel import col, select
 from labeling.database import Database
 from labeling.errors import NotFound
 from labeling.tables import Label, LabellingProject, LabelState, ReviewItem
-from loop.tables import Evidence, LabelUse, Night, NightEvent, NightState, Promotion, Serving, StageMarker
+from loop.tables import (
+    Evidence,
+    LabelUse,
+    Night,
+    NightEvent,
+    NightProgress,
+    NightState,
+    Promotion,
+    Serving,
+    StageMarker,
+)
+
+AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 
 
 class UnknownNight(NotFound):
@@ -40,12 +52,16 @@ async def newest(
 
 
 async def night_view(database: Database, data_dir: Path, night_id: str, live: dict[str, Any] | None) -> dict[str, Any]:
-    """State, stages with seconds and outputs, events, evidence and report; `live` is the running stage's last line."""
+    """State, stages with seconds and outputs, events, evidence and report; `live` is the running stage's last line.
+
+    None here: of a worker in another process, as the database has it. An ended night has none.
+    """
     async with database.read() as session:
         night = await get_night(session, night_id)
         markers = await _all(session, select(StageMarker).where(StageMarker.night_id == night_id))
         events = await _all(session, select(NightEvent).where(NightEvent.night_id == night_id))
         evidence = await session.get(Evidence, night_id)
+        elsewhere = await session.get(NightProgress, night_id) if live is None and night.state in AT_WORK else None
     markers.sort(key=lambda marker: marker.finished_at)
     return {
         **night.model_dump(mode="json"),
@@ -59,7 +75,7 @@ async def night_view(database: Database, data_dir: Path, night_id: str, live: di
         ],
         "evidence": evidence and evidence.model_dump(mode="json", exclude={"report", "probe"}),
         "report": evidence.report if evidence else None,
-        "live": live,
+        "live": {**elsewhere.line, "at": elsewhere.at.isoformat()} if elsewhere else live,
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from loop.stage import StageOutput
 from loop.tables import NightState
 
@@ -41,6 +43,7 @@ class Trained(StageOutput):
     result: dict[str, Any]  # the trainer's result.json
     run_id: str  # MLflow's
     seconds: float
+    watched: dict[str, Any] = Field(default_factory=dict)  # alarms, energy, time on the accelerator: loop.watch.usage
 
 
 class Registered(StageOutput):

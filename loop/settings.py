@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 
 from labeling.errors import InvalidInput
 from labeling.settings import LabelingSettings, ServerUrl, Strict
+from loop.watch.settings import AlarmSettings, CostSettings, TruceSettings
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -127,6 +128,7 @@ class TrainerSettings(Strict):
     scheduler: str = Field("linear", pattern="^(one_cycle|cosine|linear|constant)$")
     max_grad_norm: float = Field(1.0, gt=0)
     save_steps: int = Field(250, ge=1)
+    save_minutes: float | None = Field(10, gt=0, le=1440, description="A checkpoint at least so often, too")
     max_length: int = Field(1024, ge=16, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1)
@@ -140,7 +142,11 @@ class TrainerSettings(Strict):
         lt=1,
         description="nf4 with peft: last share of the steps, on the unquantised base that is served, if memory allows",
     )
-    hours_allowed: float = Field(8.0, gt=0, le=168)
+    hours_allowed: float = Field(
+        8.0, gt=0, le=168, description="What does not fit is left out: the rate comes down, and the night goes on"
+    )
+    alarms: AlarmSettings = AlarmSettings()
+    truce: TruceSettings = TruceSettings()
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
         """These settings with some replaced, checked like any others; raises BadRecipe.
@@ -233,6 +239,7 @@ class ProjectSettings(Strict):
     replay: ReplaySettings = ReplaySettings()
     gate: GateSettings = GateSettings()
     approval: ApprovalSettings = ApprovalSettings()
+    cost: CostSettings = CostSettings()
 
     @property
     def base_version(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from loop.digests import write_durably
@@ -23,3 +24,10 @@ def last_complete(folder: Path, run_digest: str) -> Path | None:
     """None where there is none, or only of other rows or another recipe."""
     marked = [path.parent for path in folder.glob(f"checkpoint-*/{MARKER}") if path.read_text() == run_digest]
     return max(marked, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Removes checkpoints of later steps: what they hold had gone wrong."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)

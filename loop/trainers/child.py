@@ -66,6 +66,7 @@ def main(backend: Backend) -> int:
     signal.signal(signal.SIGTERM, _stop)
     os.environ.update(OFFLINE)
     channel = Channel()
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(channel, "parked", True))
     try:
         run(read_spec(arguments.spec), backend, channel)
     except NightschoolError as error:
@@ -115,6 +116,8 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
     examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    if spec.limits.memory_share is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(spec.limits.memory_share)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, max(len(example.tokens) for example in examples))
     _train_and_write(spec, model, tokenizer, examples, digest, channel)
@@ -136,6 +139,9 @@ def _train_and_write(
         seconds=trained.seconds,
         final_loss=trained.final_loss,
         unquantised_steps=trained.unquantised_steps,
+        planned_steps=trained.planned_steps,
+        time_limited=trained.time_limited,
+        rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=_versions(),

@@ -13,10 +13,19 @@ from labeling.errors import NightschoolError
 from loop.trainers.spec import Progress
 
 
+class Parked(NightschoolError):
+    code = "parked"
+    default_hint = "Start the same spec again: it goes on from the checkpoint that was just written."
+
+
 class Channel:
-    """Takes stdout for itself; what libraries print goes to stderr from then on."""
+    """Takes stdout for itself; what libraries print goes to stderr from then on.
+
+    `parked`: somebody wants the machine back; after the step that runs there is a checkpoint, and the end.
+    """
 
     def __init__(self) -> None:
+        self.parked = False
         self._started = time.monotonic()
         self._lines: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

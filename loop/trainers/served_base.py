@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,29 @@ ROOM = 1.2  # beside the weights themselves
 
 
 class FinishOnServedBase(TrainerCallback):
-    """From `first_step` (counted from 0) to `total`; also after a resume."""
+    """From `first_step` (counted from 0) to `total`; also after a resume. A run that ends early says so by `due`."""
 
-    def __init__(self, model: Any, base_dir: Path, dtype: torch.dtype, first_step: int, total: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        base_dir: Path,
+        dtype: torch.dtype,
+        first_step: int,
+        total: int,
+        due: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._model, self._base_dir, self._dtype = model, base_dir, dtype
-        self._first, self._total = first_step, total
+        self._first, self.total, self._due = first_step, total, due
         self._swapped: bool | None = None
 
     @property
     def steps(self) -> int:
         """How many were trained so; 0 where the weights did not fit."""
-        return self._total - self._first if self._swapped else 0
+        return self.total - self._first if self._swapped else 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= self._first and self._swapped is None:
+        if self._swapped is None and (state.global_step >= self._first or self._due()):
+            self._first = min(self._first, state.global_step)
             self._swapped = _fits(self._model) and unquantise(self._model, self._base_dir, self._dtype) > 0
 
 

@@ -21,8 +21,10 @@ from trl import SFTConfig, SFTTrainer
 
 from labeling.errors import NightschoolError
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
+from loop.trainers.governor import Governor
 from loop.trainers.loss import Amp, Batch, collate, retention_loss
-from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
+from loop.trainers.pace import Pace
+from loop.trainers.progress import Channel, Parked, peak_resident_bytes, resident_bytes
 from loop.trainers.rows import Example, heaviest, plan_batches
 from loop.trainers.served_base import FinishOnServedBase
 from loop.trainers.spec import Progress, ScheduleSpec, TrainSpec
@@ -48,6 +50,8 @@ class Trained:
     seconds: float
     final_loss: float
     unquantised_steps: int
+    planned_steps: int
+    time_limited: bool
     peak_memory_bytes: int
     device: str
 
@@ -87,8 +91,11 @@ class RetentionTrainer(SFTTrainer):
 class Reporter(TrainerCallback):
     """Progress lines out, checkpoints marked complete, a run gone wrong stopped."""
 
-    def __init__(self, channel: Channel, tokens: list[int], run_digest: str) -> None:
+    def __init__(
+        self, channel: Channel, tokens: list[int], run_digest: str, governor: Governor, finish: FinishOnServedBase
+    ) -> None:
         self._channel, self._tokens, self._run_digest = channel, tokens, run_digest
+        self._governor, self._finish = governor, finish
         self._since = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -105,15 +112,20 @@ class Reporter(TrainerCallback):
                 total_steps=state.max_steps,
                 loss=logs["loss"],
                 grad_norm=logs["grad_norm"],
-                learning_rate=logs["learning_rate"],
+                learning_rate=logs["learning_rate"] if self._governor.rate is None else self._governor.rate,
                 tokens_per_s=self._tokens[state.global_step - 1] / (time.monotonic() - self._since),
                 memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes(),
                 elapsed_s=self._channel.elapsed_seconds(),
+                seconds_left=self._governor.pace.seconds_left(state.global_step),
+                unquantised=self._finish.steps > 0,
+                time_limited=self._governor.pace.limited,
             )
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._run_digest)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._governor.keep(checkpoint)
+        mark_complete(checkpoint, self._run_digest)
 
 
 def train(
@@ -123,23 +135,35 @@ def train(
     plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
     trainer = _trainer(spec, model, tokenizer, examples, plan)
-    trainer.add_callback(Reporter(channel, tokens, run_digest))
-    finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan))
+    checkpoint = last_complete(spec.out_dir / CHECKPOINTS, run_digest)
+    pace = Pace(spec.schedule, len(plan), spec.limits.seconds)
+    finish_at = _finish_at(spec, len(plan))
+    finish = FinishOnServedBase(
+        *(model, spec.base_dir, compute_dtype(), finish_at, len(plan)),
+        due=lambda: pace.limited and pace.done >= finish_at / len(plan),
+    )
+    governor = Governor(pace, spec, channel, checkpoint)
+    trainer.add_callback(governor)
+    trainer.add_callback(Reporter(channel, tokens, run_digest, governor, finish))
     trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
     trainer.try_heaviest(examples)
     set_seed(spec.seed)
     since = time.monotonic()
-    checkpoint = last_complete(spec.out_dir / CHECKPOINTS, run_digest)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps = finish.total = trainer.state.global_step
+    if channel.parked and steps < len(plan) and not pace.ended:
+        raise Parked(f"the trainer was told to give the machine back, after step {steps}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
     return Trained(
         model=trainer.model,
-        steps=trainer.state.global_step,
-        tokens=sum(tokens),
+        steps=steps,
+        tokens=sum(tokens[:steps]),
         seconds=round(time.monotonic() - since, 3),
         final_loss=sum(losses) / len(losses),
         unquantised_steps=finish.steps,
+        planned_steps=len(plan),
+        time_limited=pace.limited and steps < len(plan),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
         device=_device_words(model),
     )

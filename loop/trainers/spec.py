@@ -56,6 +56,19 @@ class LengthsSpec(Strict):
     max_length: int = Field(1024, ge=16, le=1_000_000, description="Tokens of a whole row, template included")
 
 
+class LimitsSpec(Strict):
+    """What this attempt may take; it decides when a run ends and how it is kept, not what is trained.
+
+    `seconds` from the start of the process: the schedule is fitted into them, and the run ends with a usable adapter.
+    `rate_scale` is what roll backs have left of the learning rate; `memory_share` the GPU's that may be allocated.
+    """
+
+    seconds: float | None = Field(None, gt=0, le=1e7)
+    save_minutes: float | None = Field(None, gt=0, le=1440)
+    rate_scale: float = Field(1.0, gt=0, le=1)
+    memory_share: float | None = Field(None, gt=0, le=1)
+
+
 class TrainSpec(Strict):
     """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
 
@@ -69,6 +82,7 @@ class TrainSpec(Strict):
     lora: LoraSpec = LoraSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     lengths: LengthsSpec = LengthsSpec()
+    limits: LimitsSpec = LimitsSpec()
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1, le=1024)
     out_dir: Path
@@ -104,6 +118,9 @@ class Progress(Strict):
     tokens_per_s: float
     memory_bytes: int
     elapsed_s: float
+    seconds_left: float | None = None  # until the last step, at the speed of the last ones
+    unquantised: bool = False  # on the base as it is served: another speed, another memory
+    time_limited: bool = False  # not all steps of the plan fit into the time allowed
 
 
 class TrainResult(Strict):
@@ -119,6 +136,9 @@ class TrainResult(Strict):
     seconds: float
     final_loss: float
     unquantised_steps: int = 0  # the last ones, on the base as it is served
+    planned_steps: int | None = None
+    time_limited: bool = False  # fewer steps than planned, the learning rate brought down before the end
+    rate_scale: float = 1.0  # below 1 after roll backs
     peak_memory_bytes: int
     adapter_files: dict[str, str]
     packages: dict[str, str]
@@ -145,6 +165,7 @@ def render(
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
         lengths=LengthsSpec(max_length=settings.max_length),
+        limits=LimitsSpec(save_minutes=settings.save_minutes, memory_share=settings.truce.memory_share),
         seed=settings.seed,
         threads=settings.threads,
         out_dir=out_dir,
@@ -192,9 +213,9 @@ def read_rows(data_dir: Path) -> list[Row]:
 
 
 def run_digest(spec: TrainSpec) -> str:
-    """Of all that decides the adapter: the spec but for its places, and the rows. A checkpoint of another digest
-    is never resumed."""
-    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads"})
+    """Of all that decides the adapter: the spec but for its places and limits, and the rows. A checkpoint of another
+    digest is never resumed."""
+    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads", "limits"})
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     digest.update((spec.data_dir / ROWS_FILE).read_bytes())
     return f"sha256:{digest.hexdigest()}"
