@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loop.gate import GateVerdict, flagged
@@ -11,9 +11,11 @@ from loop.gate_families import FLAGGED, POOL, FamilyVerdict
 from loop.outputs import Delta, Evaluated, Registered
 from loop.settings import GateSettings
 from loop.tables import NightState
+from loop.watch.told import cost_lines, training_lines
 
 REGRESSIONS_SHOWN = 20
 TEXT_SHOWN = 160
+TRAINING = ("time_limited", "steps", "planned_steps", "rate_scale", "roll_backs", "restarts", "alarms", "notes")
 WORDS = {
     NightState.AWAITING_APPROVAL: "passed the gate, awaiting approval",
     NightState.REJECTED: "REJECTED",
@@ -38,6 +40,7 @@ class NightFacts:
     regressions: Mapping[str, Sequence[dict[str, Any]]]
     labellers: Mapping[str, int]
     cost: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)  # the trainer's result, and what the watch saw of it
 
 
 def summary(facts: NightFacts) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def summary(facts: NightFacts) -> dict[str, Any]:
         "adapter_digest": facts.adapter_digest,
         "mlflow_version": str(facts.registered.version),
         "cost": dict(facts.cost),
+        "training": {key: facts.training[key] for key in TRAINING if key in facts.training},
     }
 
 
@@ -187,6 +191,7 @@ def _training(facts: NightFacts) -> str:
         f"answers; {delta.held_out_items} labels held out of training",
         f"- labels by annotator: {people}",
         *[f"- {note}" for note in delta.notes],
+        *[f"- {line}" for line in training_lines(facts.training)],
     ]
     return "\n".join(lines)
 
@@ -196,7 +201,7 @@ def _cost(facts: NightFacts) -> str:
     stages = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in cost["stage_seconds"].items())
     memory = cost.get("peak_memory_bytes")
     extra = f"; training peaked at {memory / 1e9:.1f} GB" if memory else ""
-    return f"## Cost\n\n{cost['seconds']:g} s in all ({stages}){extra}."
+    return "\n".join([f"## Cost\n\n{cost['seconds']:g} s in all ({stages}){extra}.", *cost_lines(cost)])
 
 
 def _identity(facts: NightFacts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import time
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from labeling.settings import ServerUrl, Strict
 
@@ -119,13 +119,13 @@ class TruceSettings(Strict):
         "pause", description="pause keeps the memory; stop gives it back, and training goes on from a checkpoint"
     )
 
-    @field_validator("window_to")
-    @classmethod
-    def _both(cls, value: time | None, info: object) -> time | None:
-        start = getattr(info, "data", {}).get("window_from")
-        if (value is None) != (start is None) or (value is not None and value == start):
-            raise ValueError("window_from and window_to belong together, and differ")
-        return value
+    @model_validator(mode="after")
+    def _whole_window(self) -> TruceSettings:
+        if (self.window_from is None) != (self.window_to is None):
+            raise ValueError("window_from and window_to belong together")
+        if self.window_from is not None and self.window_from == self.window_to:
+            raise ValueError("window_from and window_to are the same time: leave both out to train at any hour")
+        return self
 
 
 class CostSettings(Strict):
