@@ -165,12 +165,13 @@ class NoReadings:
 
 
 class RecordedSensors:
-    """A recorded series, a JSON reading a line, for tests and for looking at a night again."""
+    """A recorded series, a JSON reading a line (and `at` when it was taken), for tests and looking back."""
 
     def __init__(self, path: Path, kind: str = "gpu") -> None:
         self.kind = kind
+        lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
         self._left: Iterator[Reading] = (
-            Reading.model_validate(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line
+            Reading.model_validate({name: value for name, value in line.items() if name != "at"}) for line in lines
         )
 
     def read(self) -> Reading | None:

@@ -246,7 +246,7 @@ class Supervisor:
         alarms, self._unsaid = self._unsaid, []
         for alarm in alarms:
             with contextlib.suppress(Unavailable):
-                await self.context.record("alarm", alarm.model_dump())
+                await self.context.record("alarm", {"alarm": alarm.kind, **alarm.model_dump(exclude={"kind"})})
         tags = {
             f"nightschool.alarm.{alarm.kind}": f"{alarm.action}: {alarm.message}" for alarm in alarms if not alarm.over
         }

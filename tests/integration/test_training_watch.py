@@ -21,17 +21,17 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from labeling.database import Database
-from loop.clients import Clients
-from loop.executors import ChildFailed, LocalExecutor
-from loop.mlflow_registry import Registry
-from loop.settings import EngineSettings, MlflowSettings, ProjectSettings
+from loop.executors import ChildFailed
+from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import StageContext
 from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, write_spec
+from loop.vllm import Replica
 from loop.watch.sensors import NoReadings, RecordedSensors, Sensors
 from loop.watch.supervise import StoppedByAlarm, Supervisor
 from loop.watch.usage import Usage
-from tests.running import NOWHERE
+from tests.fakes.vllm import FakeVllm
+from tests.running import offline_clients
 
 pytestmark = pytest.mark.slow
 SURE = {"max_steps": 24, "batch_size": 1, "epochs": 2, "save_steps": 2, "learning_rate": 2e-2, "scheduler": "constant"}
@@ -90,6 +90,7 @@ class Watched:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    replicas: tuple[Replica, ...] = ()
     on_step: Callable[[dict[str, Any]], None] = lambda line: None
 
     async def train(self) -> TrainResult | None:
@@ -112,15 +113,6 @@ class Watched:
         write_spec(spec, self.folder / "spec.json")
         project = ProjectSettings(name="p", base_dir=self.base_dir, base_name="base", trainer=self.trainer)
         database = Database(f"sqlite+aiosqlite:///{self.folder}/test.db")
-        clients = Clients(
-            database=database,
-            label_studio=None,  # type: ignore[arg-type]  # not asked
-            registry=Registry(MlflowSettings(url=NOWHERE, timeout_seconds=1)),
-            objects=None,  # type: ignore[arg-type]  # not asked
-            executor=LocalExecutor(),
-            replicas=(),
-            aliases=None,  # type: ignore[arg-type]  # not asked
-        )
         context = StageContext(
             night_id="ni",
             project=project,
@@ -128,7 +120,7 @@ class Watched:
             date=date(2026, 1, 1),
             folder=self.folder,
             data_dir=self.folder,
-            clients=clients,
+            clients=offline_clients(database, self.folder, self.replicas),
             log=structlog.get_logger(),
             progress=lambda line: None,
             inputs={},
@@ -151,7 +143,8 @@ class Watched:
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
-        return [detail for kind, detail in self.events if kind == "alarm" and not detail["over"]]
+        raised = [detail for kind, detail in self.events if kind == "alarm" and not detail["over"]]
+        return [{"kind": detail["alarm"], **detail} for detail in raised]
 
 
 def recording(folder: Path, **values: Any) -> RecordedSensors:
@@ -182,8 +175,9 @@ async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(s
         "max_roll_backs": 1,
         "sensor_seconds": 0.2,
     }
+    slower = {"learning_rate": 5e-3, "epochs": 4, "max_steps": 30}
     rows = [*(row(number, "Tampere") for number in range(11)), row(11, "zxq vrk wpl jjy qqf bnm tzz")]
-    watched = Watched(tmp_path, sure_dir, {"alarms": alarms, **SURE}, rows=rows)
+    watched = Watched(tmp_path, sure_dir, {"alarms": alarms, **SURE, **slower}, rows=rows)
     result = await watched.train()
     assert result is not None
     (alarm,) = watched.alarms
@@ -193,9 +187,9 @@ async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(s
     first = watched.steps[again]
     assert first["step"] <= alarm["onset_step"] + 1
     assert first["step"] > alarm["onset_step"] - 2, "the last checkpoint before it, not an earlier one"
-    assert first["learning_rate"] == pytest.approx(0.5 * 2e-2)
+    assert first["learning_rate"] == pytest.approx(0.5 * 5e-3)
     assert result.rate_scale == 0.5
-    assert (result.steps, watched.usage.roll_backs) == (24, 1)
+    assert (result.steps, watched.usage.roll_backs) == (30, 1)
 
 
 async def test_an_alarm_that_stops_ends_the_training_with_its_cure(tiny_dir: Path, tmp_path: Path) -> None:
@@ -229,7 +223,7 @@ async def test_a_trainer_that_hangs_is_started_again_where_it_stood(tiny_dir: Pa
         if line["step"] == 9 and not watched.usage.restarts:
             os.killpg(trainer_of(os.getpid()), signal.SIGSTOP)
 
-    alarms = {"no_progress": {"seconds": 3}, "sensor_seconds": 0.2}
+    alarms = {"no_progress": {"seconds": 25}, "sensor_seconds": 0.2}
     watched = Watched(tmp_path, tiny_dir, {"alarms": alarms, **SURE})
     watched.on_step = hang
     result = await watched.train()
@@ -330,14 +324,63 @@ async def test_parked_it_writes_a_checkpoint_and_goes_on_from_there(tiny_dir: Pa
 async def test_cancelled_it_leaves_nothing_behind_even_while_paused(tiny_dir: Path, tmp_path: Path) -> None:
     """The worker stops while the trainer is slowed: it is gone with it."""
     running = asyncio.Event()
-    alarms = {"temperature": {"seconds": 0}, "slow_down_share": 0.05, "sensor_seconds": 0.2}
+    alarms = {"temperature": {"seconds": 0}, "slow_down_share": 0.4, "sensor_seconds": 0.2}
     settings = {"alarms": alarms, **SURE, "max_steps": 100_000, "epochs": 1000}
     watched = Watched(tmp_path, tiny_dir, settings, recording(tmp_path, temperature_c=97.0))
     watched.on_step = lambda line: running.set()
     task = asyncio.create_task(watched.train())
-    await asyncio.wait_for(running.wait(), 240)
+    await asyncio.wait_for(running.wait(), 500)
     child = trainer_of(os.getpid())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize("when_broken", ["pause", "stop"])
+async def test_production_comes_first_and_training_goes_on_after_it(
+    tiny_dir: Path, tmp_path: Path, when_broken: str
+) -> None:
+    """The replica's first tokens get slow while it trains: no step until they are quick again, then to the end.
+
+    pause keeps the process; stop ends it after a checkpoint, and another one goes on behind it.
+    """
+    truce = {"latency_seconds": 0.2, "poll_seconds": 0.3, "quiet_seconds": 1.5, "when_broken": when_broken}
+    settings = {**SURE, "max_steps": 400, "epochs": 100, "save_steps": 10_000, "truce": truce}
+    processes: set[int] = set()
+    async with FakeVllm() as fake:
+        replica = Replica(fake.url)
+        watched = Watched(tmp_path, tiny_dir, {**settings, "alarms": {"sensor_seconds": 0.2}}, replicas=(replica,))
+        slow = asyncio.Event()
+
+        def seen(line: dict[str, Any]) -> None:
+            processes.add(trainer_of(os.getpid()))
+            if line["step"] == 20:
+                slow.set()
+
+        async def serve() -> None:
+            while True:
+                fake.first_tokens += [0.7 if slow.is_set() else 0.03] * 20
+                await asyncio.sleep(0.1)
+
+        watched.on_step = seen
+        serving, training = asyncio.create_task(serve()), asyncio.create_task(watched.train())
+        async with asyncio.timeout(300):
+            while not any("truce" in detail for kind, detail in watched.events if kind == "note"):
+                await asyncio.sleep(0.05)
+                assert not training.done()
+            await asyncio.sleep(2)
+            before = len(watched.steps)
+            await asyncio.sleep(2)
+            assert len(watched.steps) == before, "it stands still while production needs the machine"
+            slow.clear()
+            result = await training
+        serving.cancel()
+        await replica.close()
+    assert result is not None
+    assert result.steps == 400
+    steps = [line["step"] for line in watched.steps]
+    assert steps == list(range(1, 401)), "no step is lost, none is done twice"
+    assert len(processes) == (1 if when_broken == "pause" else 2)
+    assert any("paused for production" in note for note in watched.usage.notes)
+    assert watched.alarms == []

@@ -131,6 +131,16 @@ def test_a_power_cap_is_told_where_it_holds_the_clock_down(tmp_path: Path) -> No
     assert "1200 of 1980 MHz" in raised.message
 
 
+def test_a_real_card_at_its_cap(tmp_path: Path) -> None:
+    """An H100 under full load runs at 1,335 of 1,980 MHz: told after a minute here, and over once it idles."""
+    recorded = Path(__file__).parent.parent / "recorded" / "h100_full_load.jsonl"
+    series = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert replay(tmp_path, series) == []
+    raised, over = replay(tmp_path, series, power_capped={"seconds": 60})
+    assert "at 700 W; clock 1335 of 1980 MHz" in raised.message
+    assert (raised.kind, over.over) == ("power_capped", True)
+
+
 def test_without_the_drivers_word_power_at_its_limit_counts(tmp_path: Path) -> None:
     (raised,) = replay(tmp_path, changed(healthy(), 50, 300, power_w=690.0, power_capped=None, clock_mhz=1200.0))
     assert raised.kind == "power_capped"

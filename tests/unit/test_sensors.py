@@ -135,6 +135,22 @@ def test_energy_that_was_not_measured_is_not_told(tmp_path: Path) -> None:
     assert Usage(kind="host", seconds=10).told()["gpu_minutes"] is None
 
 
+RECORDED = Path(__file__).parent.parent / "recorded" / "h100_full_load.jsonl"
+
+
+def test_a_real_cards_series_is_read_and_summed() -> None:
+    """An H100 under matrix products for 70 s, then idle: 700 W against its cap, 13.6 Wh, 78 C at most."""
+    source, usage = RecordedSensors(RECORDED), Usage(kind="gpu")
+    meter = Meter(usage)
+    for line in RECORDED.read_text().splitlines():
+        meter.add(json.loads(line)["at"], source.read())
+    told = usage.told()
+    assert source.read() is None
+    assert told["energy_wh"] == pytest.approx(13.6, abs=0.5)
+    assert (told["highest_temperature_c"], told["device"]) == (78, "NVIDIA H100 80GB HBM3")
+    assert told["highest_power_w"] < 700
+
+
 def test_usage_survives_the_process(tmp_path: Path) -> None:
     """A killed worker's energy and alarms are taken over by the next one."""
     usage = used(tmp_path, 10.0, 100, 100)
