@@ -279,7 +279,9 @@ class Supervisor:
 
     def _too_long(self) -> TookTooLong:
         hours = self.context.project.trainer.hours_allowed
-        return TookTooLong(f"training took longer than trainer.hours_allowed = {hours:g}, and did not end by itself")
+        waited = self._pausing.seconds
+        told = f", {waited / 3600:.1f} of them waiting for production" if waited > 60 else ""
+        return TookTooLong(f"training took longer than trainer.hours_allowed = {hours:g}{told}")
 
 
 def earlier_attempt(folder: Path) -> Path | None:
