@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
@@ -56,6 +57,10 @@ async def run(context: StageContext) -> Trained:
         await logging
     result = read_result(spec.out_dir)
     assert result is not None, "the executor raises unless the trainer ended well, and that writes the result"
+    if result.time_limited:
+        told = f"{result.steps} of {result.planned_steps} planned steps"
+        with contextlib.suppress(Unavailable):  # the report says it, too
+            await registry.tag_run(run_id, {"nightschool.time_limited": told})
     files = check(
         spec.out_dir / "adapter",
         read_base_config(context.project.base_dir),

@@ -27,8 +27,9 @@ from loop.stage import StageContext
 from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, write_spec
 from loop.vllm import Replica
+from loop.watch import supervise
 from loop.watch.sensors import NoReadings, RecordedSensors, Sensors
-from loop.watch.supervise import StoppedByAlarm, Supervisor
+from loop.watch.supervise import StoppedByAlarm, Supervisor, TookTooLong
 from loop.watch.usage import Usage
 from tests.fakes.vllm import FakeVllm
 from tests.running import offline_clients
@@ -279,6 +280,18 @@ async def test_a_run_that_is_short_of_time_ends_with_an_adapter(tiny_dir: Path, 
     rates = [line["learning_rate"] for line in watched.steps]
     assert rates[-1] < 0.2 * max(rates)
     assert watched.steps[-1]["time_limited"]
+
+
+async def test_a_trainer_that_does_not_end_in_time_fails_by_name(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Still loading its model when the hours and the grace are over: ended, and nothing is left."""
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.5)
+    watched = Watched(tmp_path, tiny_dir, {**SURE, "hours_allowed": 1 / 3600})
+    with pytest.raises(TookTooLong, match="hours_allowed"):
+        await watched.train()
+    with pytest.raises(AssertionError, match="no trainer"):
+        trainer_of(os.getpid())
 
 
 async def test_checkpoints_come_by_the_clock_and_the_old_ones_go(tiny_dir: Path, tmp_path: Path) -> None:
