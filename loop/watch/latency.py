@@ -29,7 +29,7 @@ class Latency:
         if before is None:
             return None
         grown = {bound: count - before.get(bound, 0.0) for bound, count in now.items()}
-        if grown[math.inf] < self._min:
+        if min(grown.values()) < 0 or grown[math.inf] < self._min:
             return None
         return quantile(grown, self._quantile)
 

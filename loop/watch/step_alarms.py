@@ -12,6 +12,7 @@ from loop.watch.samples import Finding, Sample
 from loop.watch.settings import GradientNorm, LossSpike, MemoryGrowth, Throughput
 
 NORMAL = 1.4826  # MAD x this is the standard deviation of a normal distribution
+RECOVERED = 0.1  # of the best speed above the limit until a slow run counts as quick again: no flapping
 LEAST_SHARE, LEAST = 0.05, 0.01  # a loss that hardly moves has almost no MAD: its least scale, relative and in nats
 
 
@@ -93,7 +94,8 @@ class SlowTokens:
         middle = median(self._seen)
         self._best = max(self._best, middle)
         message = f"{middle:,.0f} tokens/s, {middle / self._best:.0%} of this run's best ({self._best:,.0f})"
-        self._now = Finding(message=message) if middle < self._share * self._best else None
+        limit = self._share + (RECOVERED if self._now else 0.0)
+        self._now = Finding(message=message) if middle < limit * self._best else None
         return self._now
 
 

@@ -363,7 +363,8 @@ async def test_production_comes_first_and_training_goes_on_after_it(
     processes: set[int] = set()
     async with FakeVllm() as fake:
         replica = Replica(fake.url)
-        watched = Watched(tmp_path, tiny_dir, {**settings, "alarms": {"sensor_seconds": 0.2}}, replicas=(replica,))
+        alarms = {"throughput": {"action": "off"}, "sensor_seconds": 0.2}  # other tests share the machine
+        watched = Watched(tmp_path, tiny_dir, {**settings, "alarms": alarms}, replicas=(replica,))
         slow = asyncio.Event()
 
         def seen(line: dict[str, Any]) -> None:

@@ -100,6 +100,12 @@ def test_throughput_that_drops_is_told_against_the_best_of_the_run(tmp_path: Pat
     assert replay(tmp_path, changed(healthy(), 150, 220, tokens_per_s=3000.0, paused=True)) == []
 
 
+def test_a_speed_about_the_limit_is_told_once(tmp_path: Path) -> None:
+    """Now 58 %, now 62 % of the best: one alarm, not one a step."""
+    wavering = changed(healthy(), 150, 290, tokens_per_s=lambda step: 5800.0 if step // 25 % 2 else 6300.0)
+    assert [alarm.over for alarm in replay(tmp_path, wavering)] in ([False], [False, True])
+
+
 def test_another_base_is_another_speed_and_another_memory(tmp_path: Path) -> None:
     """The last steps on the unquantised base are slower and larger: no alarm."""
     finish = changed(healthy(), 220, 300, tokens_per_s=4000.0, memory_bytes=20 * GB, unquantised=True)
