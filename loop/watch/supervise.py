@@ -59,6 +59,7 @@ class Supervisor:
     _unsaid: list[Alarm] = field(default_factory=list)
     _order: Alarm | None = None  # what ends this attempt
     _steps: int = 0
+    _spent: int = 0  # roll backs and restarts of this run; the usage also counts an earlier, killed worker's
     _paused_s: float = 0.0
     _attempt: asyncio.Task[None] | None = None
     _control: ChildControl | None = None
@@ -98,7 +99,9 @@ class Supervisor:
     async def _one_attempt(self) -> bool:
         """True when there is a result; False when the trainer is to be started again."""
         await self._truce.allowed()
-        self._order, self._parking = None, False
+        if self._order is not None:  # raised while nothing ran
+            return await self._follow(self._order)
+        self._parking = False
         left = self._seconds_allowed - (time.monotonic() - self._started)
         if left <= 0:
             raise self._too_long()
@@ -159,16 +162,21 @@ class Supervisor:
                 raise error
         if self._order is None:
             return False  # the truce wants the machine back for a while
+        return await self._follow(self._order)
+
+    async def _follow(self, alarm: Alarm) -> bool:
+        self._order = None
         await self._tell()
-        self._obey(self._order)
+        self._obey(alarm)
         return False
 
     def _obey(self, alarm: Alarm) -> None:
         """Prepares the next attempt, or raises."""
-        spent = self.usage.roll_backs + self.usage.restarts
+        spent = self._spent
         if alarm.action == "stop" or spent >= self._settings.max_roll_backs:
             again = f" (after {spent} roll backs or restarts)" if spent else ""
             raise StoppedByAlarm(f"{alarm.kind.replace('_', ' ')}: {alarm.message}{again}", hint=alarm.hint)
+        self._spent += 1
         if alarm.action == "restart":
             self.usage.restarts += 1
             return
@@ -225,9 +233,10 @@ class Supervisor:
         self._open[alarm.kind] = alarm
         if alarm.action == "slow_down":
             self._pausing.slowed_by.add(alarm.kind)
-        elif alarm.action in ENDING and self._order is None and self._attempt is not None:
+        elif alarm.action in ENDING and self._order is None:
             self._order = alarm
-            self._attempt.cancel()
+            if self._attempt is not None:
+                self._attempt.cancel()
 
     def _show(self) -> None:
         """One line of everything; before the first step only what the sensors say."""

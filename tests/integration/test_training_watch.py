@@ -208,6 +208,14 @@ async def test_an_alarm_that_stops_ends_the_training_with_its_cure(tiny_dir: Pat
     assert Usage.read(tmp_path).highest_temperature_c == 97
 
 
+async def test_a_disk_that_is_full_from_the_start_stops_at_once(tiny_dir: Path, tmp_path: Path) -> None:
+    """Raised before any trainer runs: it stops all the same."""
+    watched = Watched(tmp_path, tiny_dir, {"alarms": {"disk_filling": {"free_gb": 99_999}}, **SURE})
+    with pytest.raises(StoppedByAlarm, match=r"disk filling: .* less than 99999 GB"):
+        await watched.train()
+    assert watched.steps == []
+
+
 async def test_heat_slows_the_trainer_and_it_still_finishes(tiny_dir: Path, tmp_path: Path) -> None:
     """slow_down: the child is stopped part of the time, the lines say why, and the result is there."""
     alarms = {"temperature": {"seconds": 0}, "sensor_seconds": 0.2}
