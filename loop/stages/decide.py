@@ -79,6 +79,8 @@ async def _facts(context: StageContext) -> NightFacts:
         regressions={result.name: regressions(result) for result in evaluated.families},
         labellers=await _labellers(context),
         cost=night_cost(await _stage_seconds(context), trained.result),
+        start=trained.result.get("start", "base"),
+        final_margin=trained.result.get("final_margin"),
     )
 
 

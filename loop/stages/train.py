@@ -16,7 +16,7 @@ from loop.stage import StageContext
 from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
 
 METRICS_SECONDS = 1.0
-LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes")
+LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "margin")
 
 
 class TookTooLong(NightschoolError):
@@ -112,9 +112,15 @@ def _take_over_checkpoint(folder: Path) -> None:
 
 def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
     delta = context.take(Delta)
-    recipe = {f"{part}.{key}": value for part in ("lora", "schedule") for key, value in getattr(spec, part)}
+    recipe = {
+        f"{part}.{key}": value for part in ("lora", "schedule", "preference") for key, value in getattr(spec, part)
+    }
+    start = {"start": spec.start.name, "start_digest": spec.start.digest} if spec.start else {"start": "base"}
     return {
         "backend": context.project.trainer.backend,
+        "method": spec.method,
+        "method_why": delta.method_why,
+        **start,
         "quantisation": spec.quantisation,
         "seed": str(spec.seed),
         "base": spec.base_name,
@@ -123,6 +129,9 @@ def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
         "label_rows": str(delta.label_rows),
         "replay_rows": str(delta.replay_rows),
         "base_rows": str(delta.base_rows),
+        "pairs": str(delta.pairs),
+        "good_thumbs": str(delta.good_thumbs),
+        "bad_thumbs": str(delta.bad_thumbs),
         **{key: str(value) for key, value in recipe.items()},
     }
 

@@ -13,13 +13,17 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
 from loop.trainers.progress import Channel
-from loop.trainers.rows import Example, tokenise
+from loop.trainers.rows import tokenise
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest
+
+if TYPE_CHECKING:
+    from loop.trainers.phases import Data  # imports torch
+    from loop.trainers.rows import Example
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
 PR_SET_PDEATHSIG = 1
@@ -100,7 +104,7 @@ def _explained(error: Exception) -> NightschoolError:
 
 def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
-    rows = read_rows(spec.data_dir)
+    rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     digest = run_digest(spec)
     finished = read_result(spec.out_dir)
     if finished is not None and finished.run_digest == digest:
@@ -114,27 +118,39 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
-    examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    stop_ids = _stop_ids(spec.base_dir, tokenizer)
+    data = _data(spec, tokenise(rows, tokenizer, stop_ids, spec.lengths.max_length), tokenizer, stop_ids)
     set_seed(spec.seed)  # the adapter's first weights are random
-    model = backend.load(spec, max(len(example.tokens) for example in examples))
-    _train_and_write(spec, model, tokenizer, examples, digest, channel)
+    model = backend.load(spec, data.longest)
+    if spec.start is not None:
+        from loop.trainers.start_adapter import start_from
+
+        start_from(model, spec.start, spec.lora)
+    _train_and_write(spec, model, tokenizer, data, digest, channel)
 
 
-def _train_and_write(
-    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], digest: str, channel: Channel
-) -> None:
+def _data(spec: TrainSpec, examples: list[Example], tokenizer: Any, stop_ids: frozenset[int]) -> Data:
+    from loop.trainers.phases import Data, preference_units
+
+    return Data(examples, preference_units(spec, tokenizer, stop_ids))
+
+
+def _train_and_write(spec: TrainSpec, model: Any, tokenizer: Any, data: Data, digest: str, channel: Channel) -> None:
     from loop.trainers.adapter import write_adapter
     from loop.trainers.checkpoints import CHECKPOINTS
-    from loop.trainers.sft_loop import train
+    from loop.trainers.phases import train_phases
 
-    trained = train(spec, model, tokenizer, examples, digest, channel)
+    trained = train_phases(spec, model, tokenizer, data, digest, channel)
     result = TrainResult(
         run_digest=digest,
         steps=trained.steps,
-        examples=len(examples),
+        examples=data.examples,
         tokens=trained.tokens,
         seconds=trained.seconds,
         final_loss=trained.final_loss,
+        method=spec.method,
+        start=spec.start.name if spec.start else "base",
+        final_margin=trained.final_margin,
         unquantised_steps=trained.unquantised_steps,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
@@ -142,7 +158,8 @@ def _train_and_write(
         device=trained.device,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
-    shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)
+    for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:

@@ -50,6 +50,7 @@ class Trained:
     unquantised_steps: int
     peak_memory_bytes: int
     device: str
+    final_margin: float | None = None  # of dpo and orpo
 
 
 class RetentionTrainer(SFTTrainer):
@@ -124,7 +125,7 @@ def train(
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
     trainer = _trainer(spec, model, tokenizer, examples, plan)
     trainer.add_callback(Reporter(channel, tokens, run_digest))
-    finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan))
+    finish = FinishOnServedBase(model, spec.base_dir, compute_dtype(), finish_at(spec, len(plan)), len(plan))
     trainer.add_callback(finish)
     trainer.remove_callback(PrinterCallback)
     trainer.try_heaviest(examples)
@@ -141,11 +142,11 @@ def train(
         final_loss=sum(losses) / len(losses),
         unquantised_steps=finish.steps,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
-        device=_device_words(model),
+        device=device_words(model),
     )
 
 
-def _finish_at(spec: TrainSpec, steps: int) -> int:
+def finish_at(spec: TrainSpec, steps: int) -> int:
     return steps - round(spec.schedule.finish_share * steps) if spec.quantisation == "nf4" else steps
 
 
@@ -163,15 +164,15 @@ def _trainer(
         plan=plan,
         amp=Amp(model.device.type, compute_dtype()),
         model=model,
-        args=_arguments(spec, len(plan)),
+        args=arguments(spec, len(plan)),
         data_collator=lambda rows: collate(rows, pad_id=tokenizer.pad_token_id or 0),
         train_dataset=Dataset.from_list([vars(example) for example in examples]),
         processing_class=tokenizer,
-        optimizers=(optimizer, _scheduler(optimizer, spec.schedule, len(plan))),
+        optimizers=(optimizer, scheduler_of(optimizer, spec.schedule, len(plan))),
     )
 
 
-def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
+def arguments(spec: TrainSpec, steps: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(spec.out_dir / CHECKPOINTS),
         max_steps=steps,
@@ -194,7 +195,7 @@ def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
     )
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleSpec, steps: int) -> Any:
+def scheduler_of(optimizer: torch.optim.Optimizer, schedule: ScheduleSpec, steps: int) -> Any:
     if schedule.scheduler == "one_cycle":
         steps = max(steps, 4)
         share = min(max(schedule.warmup_share, 2 / steps), 1 - 1 / steps)  # torch divides by the length of each phase
@@ -209,7 +210,7 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _device_words(model: Any) -> str:
+def device_words(model: Any) -> str:
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
     return f"{name}, {str(compute_dtype()).removeprefix('torch.')}"
 
