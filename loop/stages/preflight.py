@@ -33,7 +33,7 @@ async def run(context: StageContext) -> Preflight:
         _room(context.data_dir, project.base_dir),
         *[await _served(context, index, digest) for index in range(len(context.clients.replicas))],
     ]
-    checks += _backend_can(project, delta)
+    checks += backend_can(project, delta)
     start, where = await starting_adapter(context, digest)
     path = context.folder / "spec.json"
     spec = render(
@@ -51,7 +51,7 @@ async def run(context: StageContext) -> Preflight:
     return Preflight(spec_path=str(path), base_digest=digest, checks=tuple(checks))
 
 
-def _backend_can(project: ProjectSettings, delta: Delta) -> list[str]:
+def backend_can(project: ProjectSettings, delta: Delta) -> list[str]:
     """What this backend leaves unused; refused where the outcome would be another than the recipe's."""
     continues = project.trainer.start == "current"
     found = limits(project.trainer, delta.method, continues=continues, replay_rows=delta.base_rows)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loop.trainers.phases import Data  # imports torch
     from loop.trainers.rows import Example
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth", "axolotl")
 PR_SET_PDEATHSIG = 1
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -61,7 +61,12 @@ class Backend:
 
 def main(backend: Backend) -> int:
     """The whole life of a trainer process; its exit status."""
-    parser = argparse.ArgumentParser(description="Train one adapter as a spec says.")
+    return live("Train one adapter as a spec says.", lambda spec, _, channel: run(spec, backend, channel))
+
+
+def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> int:
+    """The life of any process that works on a spec; `work` also gets the spec's folder."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--parent", type=int, help="process id; the trainer ends when it does")
     arguments = parser.parse_args()
@@ -71,7 +76,7 @@ def main(backend: Backend) -> int:
     os.environ.update(OFFLINE)
     channel = Channel()
     try:
-        run(read_spec(arguments.spec), backend, channel)
+        work(read_spec(arguments.spec), arguments.spec.parent, channel)
     except NightschoolError as error:
         channel.error(error)
         return 128 + signal.SIGTERM if isinstance(error, Stopped) else 1
@@ -118,8 +123,8 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
-    stop_ids = _stop_ids(spec.base_dir, tokenizer)
-    data = _data(spec, tokenise(rows, tokenizer, stop_ids, spec.lengths.max_length), tokenizer, stop_ids)
+    stops = stop_ids(spec.base_dir, tokenizer)
+    data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, data.longest)
     if spec.start is not None:
@@ -154,7 +159,7 @@ def _train_and_write(spec: TrainSpec, model: Any, tokenizer: Any, data: Data, di
         unquantised_steps=trained.unquantised_steps,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
-        packages=_versions(),
+        packages=versions(),
         device=trained.device,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
@@ -162,7 +167,7 @@ def _train_and_write(spec: TrainSpec, model: Any, tokenizer: Any, data: Data, di
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
+def stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer of this base: some families have several."""
     from transformers import GenerationConfig
 
@@ -173,7 +178,7 @@ def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     installed = {name: _version(name) for name in PACKAGES}
     return {name: version for name, version in installed.items() if version}
 

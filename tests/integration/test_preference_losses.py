@@ -209,7 +209,7 @@ def test_log_probabilities_are_the_models_own_in_chunks_too(
     assert torch.isfinite(of_whole).all()
     assert of_whole.abs().max() > 0
     assert torch.allclose(whole.sums, chunked.sums, atol=1e-4)
-    assert torch.allclose(of_whole, of_chunks, atol=1e-5)
+    assert (of_whole - of_chunks).norm() < 1e-3 * of_whole.norm()
     with torch.no_grad():
         for row, summed in zip(rows, whole.sums, strict=True):
             logits = model(input_ids=torch.tensor([row.tokens])).logits[0].float().log_softmax(-1)
