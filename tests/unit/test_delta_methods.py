@@ -249,6 +249,7 @@ async def test_bare_thumbs_train_kto_and_are_kept_apart_from_the_exam(nights: Ni
     assert (delta.good_thumbs, delta.bad_thumbs) == (len(good), 4)
     examined = {row["id"] for row in read_jsonl(folder / "good_answers.jsonl")}
     assert examined == {f"ga_{n}" for n in range(20)} - good
+    assert 5 <= len(examined) <= 15
     trained = {row["id"]: row for row in read_jsonl(folder / "trained.jsonl")}
     assert set(trained) == bad
     assert trained["it_rateddown"]["not_again"] == "Nothing is known of rateddown."
