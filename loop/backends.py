@@ -36,6 +36,11 @@ def _unused(recipe: TrainerSettings) -> Iterator[str]:
 def _beyond_axolotl(
     recipe: TrainerSettings, method: Method, continues: bool, replay_rows: int
 ) -> Iterator[tuple[str, str]]:
+    if not recipe.python:
+        yield (
+            "axolotl does not live in our environment",
+            "Run `make axolotl`; trainer.python is .venv-axolotl/bin/python.",
+        )
     if method in ("orpo", "sft+dpo"):
         yield (
             f"axolotl does not train {method!r} here",

@@ -29,7 +29,7 @@ for config in json.load(sys.stdin):
 
 
 def _spec(folder: Path, method: str = "sft", **recipe: Any) -> TrainSpec:
-    settings = TrainerSettings(backend="axolotl", replay_loss="ce", **recipe)
+    settings = TrainerSettings(backend="axolotl", python="/p", replay_loss="ce", **recipe)
     places = {"base_dir": folder, "data_dir": folder, "out_dir": folder}
     return render_spec(settings, **places, base_name="b", base_digest="d", method=method)  # type: ignore[arg-type]  # a method
 
@@ -86,12 +86,12 @@ def test_axolotls_own_schema_takes_every_configuration(tmp_path: Path) -> None:
 def test_the_preflight_refuses_what_would_be_another_training() -> None:
     """With each setting that would do; what is only unused is told, and the default backend does all."""
     with pytest.raises(PreflightFailed, match="no KL to the base") as refused:
-        backend_can(_project(backend="axolotl"), _delta())
+        backend_can(_project(backend="axolotl", python="/p"), _delta())
     assert 'replay_loss = "ce"' in refused.value.hint
     with pytest.raises(PreflightFailed, match="starts from the base"):
-        backend_can(_project(backend="axolotl", replay_loss="ce", start="current"), _delta())
+        backend_can(_project(backend="axolotl", python="/p", replay_loss="ce", start="current"), _delta())
     with pytest.raises(PreflightFailed, match="takes no replay rows"):
-        backend_can(_project(backend="axolotl"), _delta("kto"))
-    (told,) = backend_can(_project(backend="axolotl", replay_loss="ce"), _delta())
+        backend_can(_project(backend="axolotl", python="/p"), _delta("kto"))
+    (told,) = backend_can(_project(backend="axolotl", python="/p", replay_loss="ce"), _delta())
     assert "finish_share = 0.25 is not used" in told
     assert backend_can(_project(method="sft+dpo", start="current"), _delta("sft+dpo")) == []

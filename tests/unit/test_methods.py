@@ -83,11 +83,13 @@ def test_unknown_methods_and_starts_are_refused_in_a_nights_recipe_too() -> None
 
 def test_axolotl_is_refused_what_it_would_do_otherwise() -> None:
     """Each with its cure; what is only left unused is told."""
-    recipe = TrainerSettings(backend="axolotl")
+    recipe = TrainerSettings(backend="axolotl", python="/p")
     refused = dict(limits(recipe, "sft", continues=False, replay_rows=9).refused)
     assert len(refused) == 1
     assert 'replay_loss = "ce"' in next(iter(refused.values()))
-    plain = TrainerSettings(backend="axolotl", replay_loss="ce")
+    bare = limits(TrainerSettings(backend="axolotl", replay_loss="ce"), "sft", continues=False, replay_rows=9)
+    assert "make axolotl" in bare.refused[0][1]
+    plain = TrainerSettings(backend="axolotl", python="/p", replay_loss="ce")
     assert limits(plain, "sft", continues=False, replay_rows=9).refused == ()
     assert "finish_share" in limits(plain, "sft", continues=False, replay_rows=9).told[0]
     assert limits(recipe, "dpo", continues=False, replay_rows=0).refused == ()
