@@ -12,7 +12,7 @@ from sqlmodel import col, select
 
 from labeling.database import Database
 from labeling.errors import NotFound
-from labeling.tables import Label, LabellingProject, LabelState, ReviewItem
+from labeling.tables import GoodAnswer, Label, LabellingProject, LabelState, ReviewItem
 from loop.tables import (
     Evidence,
     LabelUse,
@@ -112,7 +112,7 @@ async def project_view(database: Database, project: str) -> dict[str, Any]:
 
 
 async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
-    """Labels that a REJECTED night trained on, with what they say, for a person to look at."""
+    """Labels and thumbs that a REJECTED night trained on, with what they say, for a person to look at."""
     async with database.read() as session:
         rows = await session.execute(
             select(Label, LabelUse.night_id)
@@ -120,7 +120,8 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
             .where(col(LabelUse.held).is_(True), col(Label.project) == project)
             .order_by(col(Label.id))
         )
-        return [
+        thumbs = await _held_thumbs(session, project)
+        return thumbs + [
             {
                 "id": label.id,
                 "night": night_id,
@@ -131,6 +132,34 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
             }
             for label, night_id in rows
         ]
+
+
+async def _held_thumbs(session: AsyncSession, project: str) -> list[dict[str, Any]]:
+    """`correction`: the answer that was rated up; None below a thumb down, which has none."""
+    held = col(LabelUse.held).is_(True)
+    good = await session.execute(
+        select(GoodAnswer, LabelUse.night_id)
+        .join(LabelUse, col(LabelUse.label_id) == col(GoodAnswer.id))
+        .where(held, col(GoodAnswer.project) == project)
+        .order_by(col(GoodAnswer.id))
+    )
+    bad = await session.execute(
+        select(ReviewItem, LabelUse.night_id)
+        .join(LabelUse, col(LabelUse.label_id) == col(ReviewItem.id))
+        .where(held, col(ReviewItem.project) == project)
+        .order_by(col(ReviewItem.id))
+    )
+    return [
+        *(_held_thumb(one.id, night_id, one.messages, good=one.answer) for one, night_id in good),
+        *(_held_thumb(one.id, night_id, one.messages, bad=one.answer) for one, night_id in bad),
+    ]
+
+
+def _held_thumb(
+    name: str, night_id: str, prompt: list[dict[str, Any]], *, good: str | None = None, bad: str | None = None
+) -> dict[str, Any]:
+    said = {"prompt": prompt, "flagged_answer": bad, "correction": good, "annotators": []}
+    return {"id": name, "night": night_id, **said}
 
 
 async def refused_labels(database: Database, project: str) -> list[dict[str, Any]]:

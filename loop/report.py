@@ -40,6 +40,8 @@ class NightFacts:
     regressions: Mapping[str, Sequence[dict[str, Any]]]
     labellers: Mapping[str, int]
     cost: Mapping[str, Any]
+    start: str = "base"  # or the adapter that the training went on from
+    final_margin: float | None = None  # nats, chosen above rejected, at the end of dpo or orpo
     training: Mapping[str, Any] = field(default_factory=dict)  # the trainer's result, and what the watch saw of it
 
 
@@ -61,6 +63,11 @@ def summary(facts: NightFacts) -> dict[str, Any]:
         "regressions_by_family": {name: [row["id"] for row in rows] for name, rows in facts.regressions.items()},
         "applied": facts.evaluated.applied,
         "seconds_an_answer": facts.evaluated.seconds_an_answer,
+        "method": facts.delta.method,
+        "method_why": facts.delta.method_why,
+        "start": facts.start,
+        "pairs": facts.delta.pairs,
+        "thumbs": {"good": facts.delta.good_thumbs, "bad": facts.delta.bad_thumbs},
         "labels": facts.delta.label_rows,
         "labellers": dict(facts.labellers),
         "examples": facts.delta.label_rows + facts.delta.replay_rows + facts.delta.base_rows,
@@ -189,11 +196,29 @@ def _training(facts: NightFacts) -> str:
         "",
         f"- {delta.label_rows} new labels, {delta.replay_rows} older ones again, {delta.base_rows} of the base's own "
         f"answers; {delta.held_out_items} labels held out of training",
+        *_method(facts),
         f"- labels by annotator: {people}",
         *[f"- {note}" for note in delta.notes],
         *[f"- {line}" for line in training_lines(facts.training)],
     ]
     return "\n".join(lines)
+
+
+def _method(facts: NightFacts) -> list[str]:
+    delta = facts.delta
+    why = f" ({delta.method_why})" if delta.method_why else ""
+    lines = [f"- method `{delta.method}`{why}, from {facts.start}"]
+    if delta.pairs:
+        margin = (
+            "" if facts.final_margin is None else f"; at the end the better one lay {facts.final_margin:.1f} nats above"
+        )
+        lines.append(f"- {delta.pairs} pairs of a better and a worse answer{margin}")
+    if delta.good_thumbs or delta.bad_thumbs:
+        lines.append(
+            f"- {delta.good_thumbs} thumbs up and {delta.bad_thumbs} down; of those below, right means in this exam "
+            "that the answer is another one: nobody wrote a better one"
+        )
+    return lines
 
 
 def _cost(facts: NightFacts) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 
 from labeling.errors import InvalidInput
 from labeling.settings import LabelingSettings, ServerUrl, Strict
+from loop.methods import PATTERN as METHOD_PATTERN
 from loop.watch.settings import AlarmSettings, CostSettings, TruceSettings
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -111,8 +112,17 @@ class ScheduleSettings(Strict):
 class TrainerSettings(Strict):
     """[projects.trainer]: one recipe, rendered for each backend."""
 
-    backend: str = Field("peft", pattern="^(peft|unsloth)$")
+    backend: str = Field("peft", pattern="^(peft|unsloth|axolotl)$")
     python: str = Field("", description="Python of the trainer's environment; empty = this one")
+    method: str = Field("auto", pattern=METHOD_PATTERN, description="auto: by the data on hand (docs/methods.md)")
+    start: str = Field(
+        "base", pattern="^(base|current)$", description="current: go on from the adapter that serves, not from the base"
+    )
+    min_thumbs: int = Field(16, ge=2, le=1_000_000, description="For kto: of thumbs up and of thumbs down, new ones")
+    preference_beta: float = Field(
+        0.1, gt=0, le=100, description="dpo, kto: how strongly the base holds; orpo: weight of the odds ratio"
+    )
+    preference_learning_rate: float = Field(2e-4, gt=0, le=1, description="Of dpo, orpo and kto; sft has its own")
     quantisation: str = Field("nf4", pattern="^(nf4|none)$")
     rank: int = Field(16, ge=1, le=512)
     alpha: float = Field(32, gt=0, le=1024)

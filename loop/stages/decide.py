@@ -89,6 +89,8 @@ async def _facts(context: StageContext) -> NightFacts:
             fixed=sum(line.won for line in flagged(verdict.families)),
         ),
         training={**trained.result, **trained.watched},
+        start=trained.result.get("start", "base"),
+        final_margin=trained.result.get("final_margin"),
     )
 
 

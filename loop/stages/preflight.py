@@ -7,10 +7,12 @@ from pathlib import Path
 
 from labeling.errors import Refused
 from loop.adapter_files import base_digest
+from loop.backends import limits
 from loop.outputs import Delta, Preflight
 from loop.projects import require_same_base
 from loop.settings import ProjectSettings
 from loop.stage import StageContext
+from loop.start import starting_adapter
 from loop.trainers.spec import render, write_spec
 
 SPARE_BYTES = 500_000_000  # logs, evaluation samples and the registry's copy of a small adapter
@@ -31,6 +33,8 @@ async def run(context: StageContext) -> Preflight:
         _room(context.data_dir, project.base_dir),
         *[await _served(context, index, digest) for index in range(len(context.clients.replicas))],
     ]
+    checks += backend_can(project, delta)
+    start, where = await starting_adapter(context, digest)
     path = context.folder / "spec.json"
     spec = render(
         project.trainer,
@@ -39,9 +43,22 @@ async def run(context: StageContext) -> Preflight:
         base_digest=digest,
         data_dir=Path(delta.data_dir),
         out_dir=context.folder / "out",
+        method=delta.method,
+        start=start,
     )
     write_spec(spec, path)
+    checks += [f"method {delta.method}: {delta.method_why}", where]
     return Preflight(spec_path=str(path), base_digest=digest, checks=tuple(checks))
+
+
+def backend_can(project: ProjectSettings, delta: Delta) -> list[str]:
+    """What this backend leaves unused; refused where the outcome would be another than the recipe's."""
+    continues = project.trainer.start == "current"
+    found = limits(project.trainer, delta.method, continues=continues, replay_rows=delta.base_rows)
+    if found.refused:
+        reasons, cures = zip(*found.refused, strict=True)
+        raise PreflightFailed("; ".join(reasons), hint=" ".join(cures))
+    return list(found.told)
 
 
 def _rank_servable(project: ProjectSettings, max_rank: int) -> str:

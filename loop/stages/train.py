@@ -14,7 +14,6 @@ from labeling.errors import Unavailable
 from loop.adapter_files import check, read_base_config
 from loop.outputs import Delta, Preflight, Trained
 from loop.stage import StageContext
-from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
 from loop.watch.sensors import open_sensors
 from loop.watch.supervise import Supervisor, earlier_attempt
@@ -22,7 +21,7 @@ from loop.watch.usage import Usage
 
 METRICS_SECONDS = 1.0
 LOGGED = (
-    *("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "seconds_left"),
+    *("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "margin", "seconds_left"),
     *("gpu_memory_bytes", "utilisation", "temperature_c", "power_w", "power_cap_w", "clock_mhz"),
     *("host_memory_bytes", "load"),
 )
@@ -69,7 +68,7 @@ async def run(context: StageContext) -> Trained:
     )
     _prune(spec.out_dir)
     if earlier is not None:
-        shutil.rmtree(earlier / "out" / CHECKPOINTS, ignore_errors=True)
+        _prune(earlier / "out")
     return Trained(
         adapter_dir=str(spec.out_dir / "adapter"),
         adapter_digest=files.digest,
@@ -118,9 +117,15 @@ def _take_over_checkpoint(folder: Path, earlier: Path | None) -> None:
 
 def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
     delta = context.take(Delta)
-    recipe = {f"{part}.{key}": value for part in ("lora", "schedule") for key, value in getattr(spec, part)}
+    recipe = {
+        f"{part}.{key}": value for part in ("lora", "schedule", "preference") for key, value in getattr(spec, part)
+    }
+    start = {"start": spec.start.name, "start_digest": spec.start.digest} if spec.start else {"start": "base"}
     return {
         "backend": context.project.trainer.backend,
+        "method": spec.method,
+        "method_why": delta.method_why,
+        **start,
         "quantisation": spec.quantisation,
         "seed": str(spec.seed),
         "base": spec.base_name,
@@ -129,6 +134,9 @@ def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
         "label_rows": str(delta.label_rows),
         "replay_rows": str(delta.replay_rows),
         "base_rows": str(delta.base_rows),
+        "pairs": str(delta.pairs),
+        "good_thumbs": str(delta.good_thumbs),
+        "bad_thumbs": str(delta.bad_thumbs),
         **{key: str(value) for key, value in recipe.items()},
     }
 

@@ -13,15 +13,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
 from loop.trainers.progress import Channel
-from loop.trainers.rows import Example, tokenise
+from loop.trainers.rows import tokenise
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
+if TYPE_CHECKING:
+    from loop.trainers.phases import Data  # imports torch
+    from loop.trainers.rows import Example
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth", "axolotl")
 PR_SET_PDEATHSIG = 1
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -57,7 +61,12 @@ class Backend:
 
 def main(backend: Backend) -> int:
     """The whole life of a trainer process; its exit status."""
-    parser = argparse.ArgumentParser(description="Train one adapter as a spec says.")
+    return live("Train one adapter as a spec says.", lambda spec, _, channel: run(spec, backend, channel))
+
+
+def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> int:
+    """The life of any process that works on a spec; `work` also gets the spec's folder."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--parent", type=int, help="process id; the trainer ends when it does")
     arguments = parser.parse_args()
@@ -66,9 +75,9 @@ def main(backend: Backend) -> int:
     signal.signal(signal.SIGTERM, _stop)
     os.environ.update(OFFLINE)
     channel = Channel()
-    signal.signal(signal.SIGUSR1, lambda *_: setattr(channel, "parked", True))
+    signal.signal(signal.SIGUSR1, lambda *_: channel.park())
     try:
-        run(read_spec(arguments.spec), backend, channel)
+        work(read_spec(arguments.spec), arguments.spec.parent, channel)
     except NightschoolError as error:
         channel.error(error)
         return 128 + signal.SIGTERM if isinstance(error, Stopped) else 1
@@ -101,7 +110,7 @@ def _explained(error: Exception) -> NightschoolError:
 
 def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
-    rows = read_rows(spec.data_dir)
+    rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     digest = run_digest(spec)
     finished = read_result(spec.out_dir)
     if finished is not None and finished.run_digest == digest:
@@ -115,43 +124,63 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
-    examples = tokenise(rows, tokenizer, _stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
+    limit_memory(spec)
+    stops = stop_ids(spec.base_dir, tokenizer)
+    data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
+    set_seed(spec.seed)  # the adapter's first weights are random
+    model = backend.load(spec, data.longest)
+    if spec.start is not None:
+        from loop.trainers.start_adapter import start_from
+
+        start_from(model, spec.start, spec.lora)
+    _train_and_write(spec, model, tokenizer, data, digest, channel)
+
+
+def limit_memory(spec: TrainSpec) -> None:
+    """The GPU's, to the share that production leaves."""
+    import torch
+
     if spec.limits.memory_share is not None and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(spec.limits.memory_share)
-    set_seed(spec.seed)  # the adapter's first weights are random
-    model = backend.load(spec, max(len(example.tokens) for example in examples))
-    _train_and_write(spec, model, tokenizer, examples, digest, channel)
 
 
-def _train_and_write(
-    spec: TrainSpec, model: Any, tokenizer: Any, examples: list[Example], digest: str, channel: Channel
-) -> None:
+def _data(spec: TrainSpec, examples: list[Example], tokenizer: Any, stop_ids: frozenset[int]) -> Data:
+    from loop.trainers.phases import Data, preference_units
+
+    return Data(examples, preference_units(spec, tokenizer, stop_ids))
+
+
+def _train_and_write(spec: TrainSpec, model: Any, tokenizer: Any, data: Data, digest: str, channel: Channel) -> None:
     from loop.trainers.adapter import write_adapter
     from loop.trainers.checkpoints import CHECKPOINTS
-    from loop.trainers.sft_loop import train
+    from loop.trainers.phases import train_phases
 
-    trained = train(spec, model, tokenizer, examples, digest, channel)
+    trained = train_phases(spec, model, tokenizer, data, digest, channel)
     result = TrainResult(
         run_digest=digest,
         steps=trained.steps,
-        examples=len(examples),
+        examples=data.examples,
         tokens=trained.tokens,
         seconds=trained.seconds,
         final_loss=trained.final_loss,
+        method=spec.method,
+        start=spec.start.name if spec.start else "base",
+        final_margin=trained.final_margin,
         unquantised_steps=trained.unquantised_steps,
         planned_steps=trained.planned_steps,
         time_limited=trained.time_limited,
         rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
-        packages=_versions(),
+        packages=versions(),
         device=trained.device,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
-    shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)
+    for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
+def stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer of this base: some families have several."""
     from transformers import GenerationConfig
 
@@ -162,7 +191,7 @@ def _stop_ids(base_dir: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     installed = {name: _version(name) for name in PACKAGES}
     return {name: version for name, version in installed.items() if version}
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loop.trainers.pace import Pace
-from loop.trainers.progress import Channel
+from loop.trainers.progress import Channel, Parked
 from loop.trainers.spec import TrainSpec
 
 
@@ -49,6 +49,11 @@ class Governor(TrainerCallback):
             control.should_training_stop = True
         if self._channel.parked:
             control.should_save = control.should_training_stop = True
+
+    def raise_if_parked(self, steps: int) -> None:
+        """After the run, which made `steps`: unless it had come to its end all the same."""
+        if self._channel.parked and steps < self.pace.planned_steps and not self.pace.ended:
+            raise Parked(f"the trainer was told to give the machine back, after step {steps}")
 
     def keep(self, checkpoint: Path) -> None:
         self._saved = self._channel.elapsed_seconds()

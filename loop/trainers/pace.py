@@ -72,6 +72,10 @@ class Pace:
         left = self.planned_steps - step
         return round(median(self._took) * (min(left, max(fit, 0)) if self.limited and fit is not None else left), 1)
 
+    def cut_short(self, steps: int) -> bool:
+        """Whether time ended the run, which made `steps`."""
+        return self.limited and steps < self.planned_steps
+
     def keep(self, checkpoint: Path) -> None:
         state = {"done": self.done, "limited": self.limited}
         write_durably(checkpoint / STATE, json.dumps(state).encode())

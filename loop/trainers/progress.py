@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from labeling.errors import NightschoolError
@@ -25,10 +26,17 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        self.parked = False
+        self._parked = False
         self._started = time.monotonic()
         self._lines: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    @property
+    def parked(self) -> bool:
+        return self._parked
+
+    def park(self) -> None:
+        self._parked = True
 
     def step(self, progress: Progress) -> None:
         self._write(progress.model_dump_json())
@@ -42,6 +50,29 @@ class Channel:
     def _write(self, line: str) -> None:
         self._lines.write(line + "\n")
         self._lines.flush()
+
+
+class Relay(Channel):
+    """Another channel, to which progress goes as `change` makes it. It takes no stdout of its own."""
+
+    def __init__(self, channel: Channel, change: Callable[[Progress], Progress]) -> None:
+        self._channel, self._change = channel, change
+
+    @property
+    def parked(self) -> bool:
+        return self._channel.parked
+
+    def park(self) -> None:
+        self._channel.park()
+
+    def step(self, progress: Progress) -> None:
+        self._channel.step(self._change(progress))
+
+    def error(self, error: NightschoolError) -> None:
+        self._channel.error(error)
+
+    def elapsed_seconds(self) -> float:
+        return self._channel.elapsed_seconds()
 
 
 def resident_bytes() -> int:

@@ -12,10 +12,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from labeling.errors import InvalidInput
 from labeling.settings import Strict
 from loop.digests import write_durably
+from loop.methods import Method
 from loop.settings import LINEAR_LAYERS, TrainerSettings
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROWS_FILE = "train.jsonl"
+PAIRS_FILE, THUMBS_FILE = "pairs.jsonl", "thumbs.jsonl"
 
 
 class BadSpec(InvalidInput):
@@ -56,6 +58,21 @@ class LengthsSpec(Strict):
     max_length: int = Field(1024, ge=16, le=1_000_000, description="Tokens of a whole row, template included")
 
 
+class PreferenceSpec(Strict):
+    """Of dpo, orpo and kto. `beta`: how strongly the base holds; for orpo the weight of the odds ratio."""
+
+    beta: float = Field(0.1, gt=0, le=100)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+
+
+class StartSpec(Strict):
+    """An adapter of the same base, rank and layers to go on from, instead of from the base."""
+
+    folder: Path
+    name: str = Field(min_length=1, max_length=200)
+    digest: str = Field(min_length=1, max_length=200)
+
+
 class LimitsSpec(Strict):
     """What this attempt may take; it decides when a run ends and how it is kept, not what is trained.
 
@@ -77,10 +94,12 @@ class TrainSpec(Strict):
     base_name: str = Field(min_length=1, max_length=200)
     base_digest: str = Field(min_length=1, max_length=200)
     data_dir: Path = Field(description=f"Holds {ROWS_FILE}")
-    method: Literal["sft"] = "sft"
+    method: Method = "sft"
+    start: StartSpec | None = None
     quantisation: Literal["nf4", "none"] = "nf4"
     lora: LoraSpec = LoraSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    preference: PreferenceSpec = PreferenceSpec()
     lengths: LengthsSpec = LengthsSpec()
     limits: LimitsSpec = LimitsSpec()
     seed: int = Field(0, ge=0, lt=2**31)
@@ -121,6 +140,8 @@ class Progress(Strict):
     seconds_left: float | None = None  # until the last step, at the speed of the last ones
     unquantised: bool = False  # on the base as it is served: another speed, another memory
     time_limited: bool = False  # not all steps of the plan fit into the time allowed
+    objective: str | None = None  # of this part of the method: sft, dpo, orpo or kto
+    margin: float | None = None  # of dpo, orpo: chosen above rejected, mean summed log-probability, in nats
 
 
 class TrainResult(Strict):
@@ -135,6 +156,9 @@ class TrainResult(Strict):
     tokens: int
     seconds: float
     final_loss: float
+    method: str = "sft"
+    start: str = "base"  # or the adapter that it went on from
+    final_margin: float | None = None  # as `Progress.margin`, over the last steps
     unquantised_steps: int = 0  # the last ones, on the base as it is served
     planned_steps: int | None = None
     time_limited: bool = False  # fewer steps than planned, the learning rate brought down before the end
@@ -146,9 +170,17 @@ class TrainResult(Strict):
 
 
 def render(
-    settings: TrainerSettings, *, base_dir: Path, base_name: str, base_digest: str, data_dir: Path, out_dir: Path
+    settings: TrainerSettings,
+    *,
+    base_dir: Path,
+    base_name: str,
+    base_digest: str,
+    data_dir: Path,
+    out_dir: Path,
+    method: Method = "sft",
+    start: StartSpec | None = None,
 ) -> TrainSpec:
-    """The project's recipe as a spec."""
+    """The project's recipe as a spec. `method`: what the night's data have settled."""
     flat = settings.model_dump()
     if settings.backend != "peft":
         flat["finish_share"] = 0.0  # Unsloth's layers are its own: none can be exchanged while it trains
@@ -161,9 +193,12 @@ def render(
         base_name=base_name,
         base_digest=base_digest,
         data_dir=data_dir,
+        method=method,
+        start=start,
         quantisation=flat["quantisation"],
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
+        preference=PreferenceSpec(beta=settings.preference_beta, learning_rate=settings.preference_learning_rate),
         lengths=LengthsSpec(max_length=settings.max_length),
         limits=LimitsSpec(save_minutes=settings.save_minutes, memory_share=settings.truce.memory_share),
         seed=settings.seed,
@@ -195,7 +230,8 @@ def read_result(out_dir: Path) -> TrainResult | None:
 _ROW = TypeAdapter(Row)
 
 
-def read_rows(data_dir: Path) -> list[Row]:
+def read_rows(data_dir: Path, *, may_be_none: bool = False) -> list[Row]:
+    """`may_be_none`: where pairs or thumbs are trained on, and there is no replay."""
     path = data_dir / ROWS_FILE
     if not path.exists():
         raise BadRows(f"there are no training rows at {path}", hint="Run the build_delta stage first.")
@@ -207,7 +243,7 @@ def read_rows(data_dir: Path) -> list[Row]:
             mistakes.append(f"line {number}: {_mistakes(error)}")
     if mistakes:
         raise BadRows(f"{len(mistakes)} rows of {path} are not training rows: {'; '.join(mistakes[:5])}")
-    if not rows:
+    if not rows and not may_be_none:
         raise BadRows(f"{path} holds no rows", hint="A night needs labels; see min_labels.")
     return rows
 
@@ -215,9 +251,12 @@ def read_rows(data_dir: Path) -> list[Row]:
 def run_digest(spec: TrainSpec) -> str:
     """Of all that decides the adapter: the spec but for its places and limits, and the rows. A checkpoint of another
     digest is never resumed."""
-    decisive = spec.model_dump(mode="json", exclude={"out_dir", "data_dir", "base_dir", "threads", "limits"})
+    aside: dict[str, Any] = dict.fromkeys(("out_dir", "data_dir", "base_dir", "threads", "limits"), True)
+    decisive = spec.model_dump(mode="json", exclude={**aside, "start": {"folder"}})
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    digest.update((spec.data_dir / ROWS_FILE).read_bytes())
+    for name in (ROWS_FILE, PAIRS_FILE, THUMBS_FILE):
+        if (spec.data_dir / name).exists():
+            digest.update(name.encode() + (spec.data_dir / name).read_bytes())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -8,6 +8,8 @@ from pydantic import ConfigDict
 
 from labeling.settings import Strict
 
+Work = tuple[str | None, bool]
+
 
 class Sample(Strict):
     """One look at a training, at `at` seconds of any steady clock: after a step, or between steps (`step` None)."""
@@ -20,6 +22,7 @@ class Sample(Strict):
     grad_norm: float | None = None
     tokens_per_s: float | None = None
     memory_bytes: float | None = None
+    objective: str | None = None  # of the part of the method that runs: another one has other losses and gradients
     unquantised: bool = False  # on the served base, which holds and costs something else
     temperature_c: float | None = None
     clock_mhz: float | None = None
@@ -29,6 +32,11 @@ class Sample(Strict):
     power_capped: bool | None = None
     disk_free_bytes: float | None = None
     paused: bool = False  # by us: no step is expected
+
+    @property
+    def work(self) -> Work:
+        """What a step does: speed and memory are compared with those of the same work only."""
+        return self.objective, self.unquantised
 
 
 class Finding(Strict):

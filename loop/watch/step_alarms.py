@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from loop.watch.samples import Finding, Sample
+from loop.watch.samples import Finding, Sample, Work
 from loop.watch.settings import GradientNorm, LossSpike, MemoryGrowth, Throughput
 
 NORMAL = 1.4826  # MAD x this is the standard deviation of a normal distribution
@@ -24,10 +24,15 @@ class LossSpikes:
         self._settings = settings
         self._calm: deque[float] = deque(maxlen=settings.window_steps)
         self._high: list[tuple[int, float]] = []
+        self._objective: str | None = None
 
     def look(self, sample: Sample) -> Finding | None:
         if sample.loss is None or sample.step is None:
             return self._finding()
+        if sample.objective != self._objective:
+            self._calm.clear()
+            self._high.clear()
+            self._objective = sample.objective
         if len(self._calm) >= self._settings.window_steps // 2 and sample.loss > self._limit():
             self._high.append((sample.step, sample.loss))
         else:
@@ -57,11 +62,15 @@ class GradientNorms:
     def __init__(self, settings: GradientNorm, clip: float) -> None:
         self._limit = settings.times_clip * clip
         self._seen: deque[tuple[int, float]] = deque(maxlen=settings.window_steps)
+        self._objective: str | None = None
         self._now: Finding | None = None
 
     def look(self, sample: Sample) -> Finding | None:
         if sample.grad_norm is None or sample.step is None:
             return self._now
+        if sample.objective != self._objective:
+            self._seen.clear()
+            self._objective = sample.objective
         self._seen.append((sample.step, sample.grad_norm))
         middle = median(norm for _, norm in self._seen)
         full = len(self._seen) == self._seen.maxlen
@@ -79,15 +88,15 @@ class SlowTokens:
         self._share = settings.share
         self._seen: deque[float] = deque(maxlen=settings.window_steps)
         self._best = 0.0
-        self._unquantised = False
+        self._work: Work = (None, False)
         self._now: Finding | None = None
 
     def look(self, sample: Sample) -> Finding | None:
         if sample.tokens_per_s is None or sample.step is None or sample.paused:
             return self._now
-        if sample.unquantised != self._unquantised:
+        if sample.work != self._work:
             self._seen.clear()
-            self._best, self._unquantised = 0.0, sample.unquantised
+            self._best, self._work = 0.0, sample.work
         self._seen.append(sample.tokens_per_s)
         if len(self._seen) < (self._seen.maxlen or 0):
             return self._now
@@ -107,16 +116,16 @@ class GrowingMemory:
         self._growth = settings.growth
         self._first: list[float] = []
         self._seen: deque[float] = deque(maxlen=settings.window_steps)
-        self._unquantised = False
+        self._work: Work = (None, False)
         self._now: Finding | None = None
 
     def look(self, sample: Sample) -> Finding | None:
         if not sample.memory_bytes or sample.step is None:
             return self._now
-        if sample.unquantised != self._unquantised:
+        if sample.work != self._work:
             self._first.clear()
             self._seen.clear()
-            self._unquantised = sample.unquantised
+            self._work = sample.work
         if len(self._first) < (self._seen.maxlen or 0):
             self._first.append(sample.memory_bytes)
             return self._now

@@ -18,7 +18,7 @@ from typing import Any
 from labeling.errors import NightschoolError, Unavailable
 from loop.executors import ChildControl, ChildFailed
 from loop.stage import StageContext
-from loop.trainers.checkpoints import CHECKPOINTS, forget_after
+from loop.trainers.checkpoints import forget_after
 from loop.trainers.spec import TrainSpec, write_spec
 from loop.watch.alarms import Alarm, Alarms
 from loop.watch.pausing import Pausing
@@ -181,7 +181,7 @@ class Supervisor:
             self.usage.restarts += 1
             return
         self.usage.roll_backs += 1
-        forget_after(self.spec.out_dir / CHECKPOINTS, alarm.onset_step or 0)
+        forget_after(self.spec.out_dir, alarm.onset_step or 0)
         scale = self.spec.limits.rate_scale * self._settings.rate_factor
         self.spec = self.spec.model_copy(update={"limits": self.spec.limits.model_copy(update={"rate_scale": scale})})
 

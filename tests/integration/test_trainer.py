@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 from loop.executors import ChildCrashed, ChildFailed, ChildNotStarted, LocalExecutor
 from loop.trainers import peft as peft_backend
 from loop.trainers import served_base
+from loop.trainers.planned_run import compute_dtype
 from loop.trainers.served_base import unquantise
-from loop.trainers.sft_loop import compute_dtype
 from loop.trainers.spec import Progress, TrainResult, TrainSpec, read_result, write_spec
 
 pytestmark = pytest.mark.slow
