@@ -147,15 +147,30 @@ def test_kto_is_trls(model: Any, tokenizer: Any, thumbs: list[Unit], tmp_path: P
     )
     rows, other = _both(thumbs, 0), mismatched(thumbs, 128)
     good = torch.tensor([bool(unit.good) for unit in thumbs])
-    with torch.no_grad():
-        theirs = trainer._compute_loss(
-            model, {**_as_trl(rows), **_as_trl(other, "KL_"), "label": good}, return_outputs=False
-        )
-        drift = score(model, Padded.of(other, 2), PLAIN).sums - score_base(model, Padded.of(other, 2), PLAIN).sums
-        gains = score(model, Padded.of(rows, 2), PLAIN).sums - score_base(model, Padded.of(rows, 2), PLAIN).sums
-        loss = kto_loss(gains, good, drift, 0.3, (1.0, 2.0))
-    assert loss.item() == pytest.approx(theirs.item(), abs=TOLERANCE)
-    assert gains.abs().max() > 0.1
+    drifts = []
+    for _ in range(2):  # mismatched answers have become less likely than the base finds them; then likelier
+        with torch.no_grad():
+            batch = {**_as_trl(rows), **_as_trl(other, "KL_"), "label": good}
+            theirs = trainer._compute_loss(model, batch, return_outputs=False)
+            drift = score(model, Padded.of(other, 2), PLAIN).sums - score_base(model, Padded.of(other, 2), PLAIN).sums
+            gains = score(model, Padded.of(rows, 2), PLAIN).sums - score_base(model, Padded.of(rows, 2), PLAIN).sums
+            loss = kto_loss(gains, good, drift, 0.3, (1.0, 2.0))
+            assert loss.item() == pytest.approx(theirs.item(), abs=TOLERANCE)
+            drifts.append(drift.mean().item())
+        _climb(model, Padded.of(other, 2))
+    assert min(drifts) < -0.1, "held at zero"
+    assert max(drifts) > 0.1, "counted"
+
+
+def _climb(model: Any, rows: Padded) -> None:
+    """Makes these rows likelier."""
+    for _ in range(8):
+        model.zero_grad()
+        score(model, rows, PLAIN).sums.sum().backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.add_(0.02 * weight.grad / (weight.grad.norm() + 1e-9))
 
 
 def test_orpo_is_trls(model: Any, tokenizer: Any, pairs: list[Unit], tmp_path: Path) -> None:
