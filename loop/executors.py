@@ -39,6 +39,7 @@ GIVEN = {
 }
 
 OnProgress = Callable[[dict[str, Any]], None]
+OnStart = Callable[["ChildControl"], None]
 
 
 class ChildFailed(NightschoolError):
@@ -62,6 +63,29 @@ class ChildNotStarted(NightschoolError):
     default_hint = "trainer.python must name the Python of an environment in which nightschool is installed."
 
 
+@dataclass(frozen=True)
+class ChildControl:
+    """What its starter may do to a running child and all its own children. Nothing happens to one that has ended."""
+
+    group: int
+
+    def pause(self) -> None:
+        """It keeps its memory, the accelerator's too, and does nothing. It still dies with us."""
+        _signal(self.group, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        _signal(self.group, signal.SIGCONT)
+
+    def park(self) -> None:
+        """A trainer writes a checkpoint after its step, and ends as `parked`."""
+        _signal(self.group, signal.SIGUSR1)
+        _signal(self.group, signal.SIGCONT)
+
+
+def _nothing(control: ChildControl) -> None:
+    return
+
+
 class Executor(Protocol):
     """Runs `python -m MODULE SPEC` somewhere until it ends; raises unless it ended well."""
 
@@ -74,6 +98,7 @@ class Executor(Protocol):
         log_path: Path,
         environment: Mapping[str, str],
         python: str = "",
+        on_start: OnStart = _nothing,
     ) -> None: ...
 
 
@@ -90,12 +115,14 @@ class LocalExecutor:
         log_path: Path,
         environment: Mapping[str, str],
         python: str = "",
+        on_start: OnStart = _nothing,
     ) -> None:
         """`python`: of another environment; "" is this one. Raises ChildFailed, ChildCrashed or ChildNotStarted."""
         command = (python or sys.executable, "-m", module, str(spec_path), "--parent", str(os.getpid()))
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             child = await _start(command, log.fileno(), environment)
+            on_start(ChildControl(child.pid))
             try:
                 error = await _read_lines(child, on_progress, log_path)
                 status = await child.wait()
@@ -146,6 +173,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
     """The whole group: asked first, then killed. Nothing is left behind, also when a grandchild hangs."""
     if child.returncode is None:
         _signal(child.pid, signal.SIGTERM)
+        _signal(child.pid, signal.SIGCONT)  # a paused one would not hear it
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(child.wait(), SECONDS_TO_END)
     _signal(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Labels of a REJECTED night stay out of training until a person confirms them: one bad night blocks no other."""
+"""What a REJECTED night trained on stays out of training until a person confirms it: one bad night blocks no other."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sqlmodel import col, select
 
 from labeling.database import Database
 from labeling.errors import NotFound
-from labeling.tables import Label
-from loop.tables import LabelUse
+from loop.preference_examples import ROLE as THUMB
+from loop.tables import LabelUse, Night
 
 
 class NotHeld(NotFound):
@@ -24,7 +24,9 @@ class NotHeld(NotFound):
 async def hold(session: AsyncSession, night_id: str) -> None:
     """In the transaction that rejects the night. Older labels, replayed, have proved themselves and stay free."""
     await session.execute(
-        update(LabelUse).where(col(LabelUse.night_id) == night_id, col(LabelUse.role) == "new").values(held=True)
+        update(LabelUse)
+        .where(col(LabelUse.night_id) == night_id, col(LabelUse.role).in_(("new", THUMB)))
+        .values(held=True)
     )
 
 
@@ -34,11 +36,10 @@ async def confirm(database: Database, project: str, label_ids: Iterable[str]) ->
     if not wanted:
         return 0
     async with database.write() as session:
-        ours = select(Label.id).where(col(Label.project) == project, col(Label.id).in_(wanted))
-        held = col(LabelUse.held).is_(True)
-        found = set(
-            (await session.execute(select(LabelUse.label_id).where(col(LabelUse.label_id).in_(ours), held))).scalars()
-        )
+        nights = select(Night.id).where(col(Night.project) == project)
+        held = col(LabelUse.held).is_(True) & col(LabelUse.night_id).in_(nights)
+        ours = select(LabelUse.label_id).where(col(LabelUse.label_id).in_(wanted), held)
+        found = set((await session.execute(ours)).scalars())
         if missing := sorted(wanted - found):
             raise NotHeld(f"not held in project {project!r}: {', '.join(missing[:10])}")
         result = await session.execute(

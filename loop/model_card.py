@@ -19,7 +19,7 @@ def model_card(facts: NightFacts, evidence_hash: str) -> str:
         f"{regressions} regressions. Compared with `{facts.evaluated.current}`; margin {facts.gate.margin_points:g} "
         "points.",
         f"Trained on {delta.label_rows} new labels, {delta.replay_rows} older ones and {delta.base_rows} of the base's "
-        f"own answers; labelled by {len(facts.labellers)} people.",
+        f"own answers, by {delta.method} from {facts.start}; labelled by {len(facts.labellers)} people.",
         "",
         *_rows(facts),
         "",

@@ -12,8 +12,20 @@ from sqlmodel import col, select
 
 from labeling.database import Database
 from labeling.errors import NotFound
-from labeling.tables import Label, LabellingProject, LabelState, ReviewItem
-from loop.tables import Evidence, LabelUse, Night, NightEvent, NightState, Promotion, Serving, StageMarker
+from labeling.tables import GoodAnswer, Label, LabellingProject, LabelState, ReviewItem
+from loop.tables import (
+    Evidence,
+    LabelUse,
+    Night,
+    NightEvent,
+    NightProgress,
+    NightState,
+    Promotion,
+    Serving,
+    StageMarker,
+)
+
+AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 
 
 class UnknownNight(NotFound):
@@ -40,12 +52,16 @@ async def newest(
 
 
 async def night_view(database: Database, data_dir: Path, night_id: str, live: dict[str, Any] | None) -> dict[str, Any]:
-    """State, stages with seconds and outputs, events, evidence and report; `live` is the running stage's last line."""
+    """State, stages with seconds and outputs, events, evidence and report; `live` is the running stage's last line.
+
+    None here: of a worker in another process, as the database has it. An ended night has none.
+    """
     async with database.read() as session:
         night = await get_night(session, night_id)
         markers = await _all(session, select(StageMarker).where(StageMarker.night_id == night_id))
         events = await _all(session, select(NightEvent).where(NightEvent.night_id == night_id))
         evidence = await session.get(Evidence, night_id)
+        elsewhere = await session.get(NightProgress, night_id) if live is None and night.state in AT_WORK else None
     markers.sort(key=lambda marker: marker.finished_at)
     return {
         **night.model_dump(mode="json"),
@@ -59,7 +75,7 @@ async def night_view(database: Database, data_dir: Path, night_id: str, live: di
         ],
         "evidence": evidence and evidence.model_dump(mode="json", exclude={"report", "probe"}),
         "report": evidence.report if evidence else None,
-        "live": live,
+        "live": {**elsewhere.line, "at": elsewhere.at.isoformat()} if elsewhere else live,
     }
 
 
@@ -96,7 +112,7 @@ async def project_view(database: Database, project: str) -> dict[str, Any]:
 
 
 async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
-    """Labels that a REJECTED night trained on, with what they say, for a person to look at."""
+    """Labels and thumbs that a REJECTED night trained on, with what they say, for a person to look at."""
     async with database.read() as session:
         rows = await session.execute(
             select(Label, LabelUse.night_id)
@@ -104,7 +120,8 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
             .where(col(LabelUse.held).is_(True), col(Label.project) == project)
             .order_by(col(Label.id))
         )
-        return [
+        thumbs = await _held_thumbs(session, project)
+        return thumbs + [
             {
                 "id": label.id,
                 "night": night_id,
@@ -115,6 +132,34 @@ async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
             }
             for label, night_id in rows
         ]
+
+
+async def _held_thumbs(session: AsyncSession, project: str) -> list[dict[str, Any]]:
+    """`correction`: the answer that was rated up; None below a thumb down, which has none."""
+    held = col(LabelUse.held).is_(True)
+    good = await session.execute(
+        select(GoodAnswer, LabelUse.night_id)
+        .join(LabelUse, col(LabelUse.label_id) == col(GoodAnswer.id))
+        .where(held, col(GoodAnswer.project) == project)
+        .order_by(col(GoodAnswer.id))
+    )
+    bad = await session.execute(
+        select(ReviewItem, LabelUse.night_id)
+        .join(LabelUse, col(LabelUse.label_id) == col(ReviewItem.id))
+        .where(held, col(ReviewItem.project) == project)
+        .order_by(col(ReviewItem.id))
+    )
+    return [
+        *(_held_thumb(one.id, night_id, one.messages, good=one.answer) for one, night_id in good),
+        *(_held_thumb(one.id, night_id, one.messages, bad=one.answer) for one, night_id in bad),
+    ]
+
+
+def _held_thumb(
+    name: str, night_id: str, prompt: list[dict[str, Any]], *, good: str | None = None, bad: str | None = None
+) -> dict[str, Any]:
+    said = {"prompt": prompt, "flagged_answer": bad, "correction": good, "annotators": []}
+    return {"id": name, "night": night_id, **said}
 
 
 async def refused_labels(database: Database, project: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from loop.methods import Method
 from loop.stage import StageOutput
 from loop.tables import NightState
 
@@ -19,7 +20,8 @@ class SyncedLabels(StageOutput):
 
 
 class Delta(StageOutput):
-    """`data_dir` holds train.jsonl and the exam items trained.jsonl, held_out.jsonl, good_answers.jsonl."""
+    """`data_dir` holds train.jsonl, pairs.jsonl or thumbs.jsonl where the method trains on them, and the exam items
+    trained.jsonl, held_out.jsonl, good_answers.jsonl. Its digest covers all of them."""
 
     data_dir: str
     digest: str
@@ -29,6 +31,11 @@ class Delta(StageOutput):
     base_rows: int
     held_out_items: int
     notes: tuple[str, ...] = ()  # what was left out, and why
+    method: Method = "sft"
+    method_why: str = ""
+    pairs: int = 0
+    good_thumbs: int = 0
+    bad_thumbs: int = 0
 
 
 class Preflight(StageOutput):
@@ -50,6 +57,7 @@ class Trained(StageOutput):
     result: dict[str, Any]  # the trainer's result.json
     run_id: str  # MLflow's
     seconds: float
+    watched: dict[str, Any] = Field(default_factory=dict)  # alarms, energy, time on the accelerator: loop.watch.usage
 
 
 class Registered(StageOutput):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loop.gate import GateVerdict, flagged
@@ -11,9 +11,11 @@ from loop.gate_families import FLAGGED, POOL, FamilyVerdict
 from loop.outputs import Delta, Evaluated, Preflight, Registered
 from loop.settings import GateSettings
 from loop.tables import NightState
+from loop.watch.told import cost_lines, training_lines
 
 REGRESSIONS_SHOWN = 20
 TEXT_SHOWN = 160
+TRAINING = ("time_limited", "steps", "planned_steps", "rate_scale", "roll_backs", "restarts", "alarms", "notes")
 WORDS = {
     NightState.AWAITING_APPROVAL: "passed the gate, awaiting approval",
     NightState.REJECTED: "REJECTED",
@@ -41,6 +43,9 @@ class NightFacts:
     preflight: Preflight
     recipe: Mapping[str, str]
     licences: Mapping[str, str]  # of base and data; empty where nothing names one
+    start: str = "base"  # or the adapter that the training went on from
+    final_margin: float | None = None  # nats, chosen above rejected, at the end of dpo or orpo
+    training: Mapping[str, Any] = field(default_factory=dict)  # the trainer's result, and what the watch saw of it
 
 
 def summary(facts: NightFacts) -> dict[str, Any]:
@@ -61,6 +66,11 @@ def summary(facts: NightFacts) -> dict[str, Any]:
         "regressions_by_family": {name: [row["id"] for row in rows] for name, rows in facts.regressions.items()},
         "applied": facts.evaluated.applied,
         "seconds_an_answer": facts.evaluated.seconds_an_answer,
+        "method": facts.delta.method,
+        "method_why": facts.delta.method_why,
+        "start": facts.start,
+        "pairs": facts.delta.pairs,
+        "thumbs": {"good": facts.delta.good_thumbs, "bad": facts.delta.bad_thumbs},
         "labels": facts.delta.label_rows,
         "labellers": dict(facts.labellers),
         "examples": facts.delta.label_rows + facts.delta.replay_rows + facts.delta.base_rows,
@@ -73,6 +83,7 @@ def summary(facts: NightFacts) -> dict[str, Any]:
         "warnings": list(facts.preflight.warnings),
         "recipe": dict(facts.recipe),
         "licences": dict(facts.licences),
+        "training": {key: facts.training[key] for key in TRAINING if key in facts.training},
     }
 
 
@@ -195,8 +206,10 @@ def _training(facts: NightFacts) -> str:
         "",
         f"- {delta.label_rows} new labels, {delta.replay_rows} older ones again, {delta.base_rows} of the base's own "
         f"answers; {delta.held_out_items} labels held out of training",
+        *_method(facts),
         f"- labels by annotator: {people}",
         *[f"- {note}" for note in delta.notes],
+        *[f"- {line}" for line in training_lines(facts.training)],
     ]
     return "\n".join(lines)
 
@@ -206,13 +219,31 @@ def _preflight(facts: NightFacts) -> str:
     return "\n".join(["## Looked at before training", "", *[f"- {check}" for check in facts.preflight.checks]])
 
 
+def _method(facts: NightFacts) -> list[str]:
+    delta = facts.delta
+    why = f" ({delta.method_why})" if delta.method_why else ""
+    lines = [f"- method `{delta.method}`{why}, from {facts.start}"]
+    if delta.pairs:
+        margin = (
+            "" if facts.final_margin is None else f"; at the end the better one lay {facts.final_margin:.1f} nats above"
+        )
+        lines.append(f"- {delta.pairs} pairs of a better and a worse answer{margin}")
+    if delta.good_thumbs or delta.bad_thumbs:
+        lines.append(
+            f"- {delta.good_thumbs} thumbs up and {delta.bad_thumbs} down; of those below, right means in this exam "
+            "that the answer is another one: nobody wrote a better one"
+        )
+    return lines
+
+
 def _cost(facts: NightFacts) -> str:
     cost = facts.cost
     stages = ", ".join(f"{stage} {seconds:g} s" for stage, seconds in cost["stage_seconds"].items())
     memory = cost.get("peak_memory_bytes")
     extra = f"; training peaked at {memory / 1e9:.1f} GB" if memory else ""
     plan = f" Memory: {cost['memory']}." if cost.get("memory") else ""
-    return f"## Cost\n\n{cost['seconds']:g} s in all ({stages}){extra}.{plan}"
+    first = f"{cost['seconds']:g} s in all ({stages}){extra}.{plan}"
+    return "\n".join(["## Cost", "", first, *cost_lines(cost)])
 
 
 def _identity(facts: NightFacts) -> str:

@@ -74,6 +74,8 @@ def plans_of(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -
     setup = setup_of(spec, backend, machine, batch.length)
     wanted = spec.memory
     budget = machine.budget(wanted.budget_gib, wanted.share)
+    if machine.device == "cuda" and spec.limits.memory_share is not None:
+        budget = min(budget, int(spec.limits.memory_share * machine.total))
     modes: Sequence[Checkpointing] = MODES if wanted.checkpointing == "auto" else (wanted.checkpointing,)
     return ladder(plans_by_speed(setup, batch, budget, modes, wanted.micro_tokens))
 

@@ -28,6 +28,7 @@ from loop.outputs import Decided, Evaluated, Registered
 from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import Approval, NightEnds, Stage, StageContext, StageOutput
 from loop.tables import Night, NightEvent, NightState, StageMarker
+from loop.watch.live import Live
 
 log = structlog.get_logger()
 TRAINING = "training"  # the lease that makes it one training run at a time
@@ -44,7 +45,7 @@ class Runner:
     queue_poll_seconds: float = 1.0
     examine_stages: tuple[Stage, ...] = EXAMINE
     promote_stages: tuple[Stage, ...] = PROMOTE
-    live: dict[str, dict[str, Any]] = field(default_factory=dict)  # night id -> its latest progress line
+    live: Live = field(default_factory=Live)
 
     async def examine(self, night_id: str) -> NightState:
         """EXAMINE of a claimed, failed (resume) or interrupted night; waits while another holds the lease."""
@@ -52,7 +53,8 @@ class Runner:
         async with lease.renewed(self.clients.database, TRAINING, token, self.lease_seconds):
             if not await self._enter(night_id, NightState.RUNNING, (NightState.CLAIMED, NightState.FAILED)):
                 return await self._state(night_id)
-            return await self._walk(night_id, self.examine_stages, TRAINING, token)
+            async with self.live.kept(self.clients.database, night_id):
+                return await self._walk(night_id, self.examine_stages, TRAINING, token)
 
     async def promote(self, night_id: str) -> NightState:
         """PROMOTE of a night that `approval.begin` moved to `promoting`, also after an interruption."""
@@ -62,7 +64,8 @@ class Runner:
         async with lease.renewed(self.clients.database, name, token, self.lease_seconds):
             if await self._state(night_id) != NightState.PROMOTING:
                 return await self._state(night_id)
-            return await self._walk(night_id, self.promote_stages, name, token)
+            async with self.live.kept(self.clients.database, night_id):
+                return await self._walk(night_id, self.promote_stages, name, token)
 
     async def _queue(self, name: str) -> int:
         while True:
@@ -103,8 +106,6 @@ class Runner:
                     "This is a bug in Nightschool; the log has the traceback. `nightschool night run --resume` retries."
                 )
                 return await end(NightState.FAILED, f"{type(error).__name__}: {error}", hint)
-            finally:
-                self.live.pop(night_id, None)
 
     def _outcome(
         self, stages: tuple[Stage, ...], outputs: dict[type[StageOutput], StageOutput]
@@ -126,6 +127,7 @@ class Runner:
         folder = self.data_dir / "nights" / night.id / f"{stage.name}.{token}"
         with structlog.contextvars.bound_contextvars(stage=stage.name):
             await self._event(night.id, "stage_started", {"stage": stage.name, "token": token})
+            self.live.put(night.id, {"stage": stage.name})
             folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
             context = await self._context(stage, night, folder, outputs)
@@ -151,7 +153,8 @@ class Runner:
             data_dir=self.data_dir,
             clients=self.clients,
             log=log.bind(),
-            progress=lambda line: self.live.__setitem__(night.id, {"stage": stage.name, **line}),
+            progress=lambda line: self.live.put(night.id, {"stage": stage.name, **line}),
+            record=partial(self._event, night.id),
             inputs=dict(outputs),
             approval=approval,
         )

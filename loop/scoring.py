@@ -42,6 +42,7 @@ class ExamItem(BaseModel):
     messages: list[dict[str, Any]]
     reference: str | None = None  # the right answer as written by a person, or the good answer that was given
     must_contain: list[str] = []
+    not_again: str | None = None  # nobody wrote the right answer: right is whatever is unlike this one
 
 
 class _Question(BaseModel):
@@ -56,6 +57,8 @@ def score(item: ExamItem, answer: str, scoring: Scoring, chrf_at_least: float = 
     """1.0 when the answer is right, else 0.0; an empty answer never is. BadExamItem: the item can't be scored so."""
     if not answer.strip():
         return 0.0
+    if item.not_again is not None:
+        return float(chrf(answer, item.not_again) < chrf_at_least)
     if scoring is Scoring.CHRF:
         return float(chrf(answer, _reference(item, scoring)) >= chrf_at_least)
     return float(_SCORERS[scoring](item, answer))

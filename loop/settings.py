@@ -13,6 +13,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 
 from labeling.errors import InvalidInput
 from labeling.settings import LabelingSettings, ServerUrl, Strict
+from loop.methods import PATTERN as METHOD_PATTERN
+from loop.watch.settings import AlarmSettings, CostSettings, TruceSettings
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -110,8 +112,17 @@ class ScheduleSettings(Strict):
 class TrainerSettings(Strict):
     """[projects.trainer]: one recipe, rendered for each backend."""
 
-    backend: str = Field("peft", pattern="^(peft|unsloth)$")
+    backend: str = Field("peft", pattern="^(peft|unsloth|axolotl)$")
     python: str = Field("", description="Python of the trainer's environment; empty = this one")
+    method: str = Field("auto", pattern=METHOD_PATTERN, description="auto: by the data on hand (docs/methods.md)")
+    start: str = Field(
+        "base", pattern="^(base|current)$", description="current: go on from the adapter that serves, not from the base"
+    )
+    min_thumbs: int = Field(16, ge=2, le=1_000_000, description="For kto: of thumbs up and of thumbs down, new ones")
+    preference_beta: float = Field(
+        0.1, gt=0, le=100, description="dpo, kto: how strongly the base holds; orpo: weight of the odds ratio"
+    )
+    preference_learning_rate: float = Field(2e-4, gt=0, le=1, description="Of dpo, orpo and kto; sft has its own")
     quantisation: str = Field("nf4", pattern="^(nf4|none)$")
     rank: int = Field(16, ge=1, le=512)
     alpha: float = Field(32, gt=0, le=1024)
@@ -130,6 +141,7 @@ class TrainerSettings(Strict):
     )
     max_grad_norm: float = Field(1.0, gt=0)
     save_steps: int = Field(250, ge=1)
+    save_minutes: float | None = Field(10, gt=0, le=1440, description="A checkpoint at least so often, too")
     max_length: int = Field(1024, ge=16, le=1_000_000)
     packing: str = Field(
         "auto",
@@ -159,7 +171,11 @@ class TrainerSettings(Strict):
     micro_tokens: int | None = Field(
         None, ge=1, description="Most tokens at once, padding included; a batch of more is trained in parts"
     )
-    hours_allowed: float = Field(8.0, gt=0, le=168)
+    hours_allowed: float = Field(
+        8.0, gt=0, le=168, description="What does not fit is left out: the rate comes down, and the night goes on"
+    )
+    alarms: AlarmSettings = AlarmSettings()
+    truce: TruceSettings = TruceSettings()
 
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
         """These settings with some replaced, checked like any others; raises BadRecipe.
@@ -264,6 +280,7 @@ class ProjectSettings(Strict):
     preflight: PreflightSettings = PreflightSettings()
     gate: GateSettings = GateSettings()
     approval: ApprovalSettings = ApprovalSettings()
+    cost: CostSettings = CostSettings()
 
     @property
     def base_version(self) -> str:

@@ -40,6 +40,10 @@ class Approval:
     why: str
 
 
+async def _unrecorded(kind: str, detail: dict[str, Any]) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class StageContext:
     """All that a stage may use. `folder` is its own, empty, already there."""
@@ -55,6 +59,7 @@ class StageContext:
     progress: Callable[[dict[str, Any]], None]  # shown live and kept in memory only
     inputs: dict[type[StageOutput], StageOutput]
     approval: Approval | None = None  # there in PROMOTE stages
+    record: Callable[[str, dict[str, Any]], Awaitable[None]] = _unrecorded  # kind and detail of an event of the night
 
     def take(self, kind: type[T]) -> T:
         """An earlier stage's output, by its type. StageFilesGone: its files were removed or changed since."""

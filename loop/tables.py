@@ -66,8 +66,17 @@ class NightEvent(SQLModel, table=True):
     number: int | None = Field(default=None, primary_key=True)
     night_id: str = Field(foreign_key="nights.id", index=True)
     at: datetime = Field(default_factory=now, sa_column=_time())
-    kind: str  # state | stage_started | stage_finished | stage_reused | note
+    kind: str  # state | stage_started | stage_finished | alarm | note
     detail: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
+
+
+class NightProgress(SQLModel, table=True):
+    """The running stage's last line, for whoever watches from another process; rewritten every few seconds."""
+
+    __tablename__ = "night_progress"
+    night_id: str = Field(primary_key=True, foreign_key="nights.id")
+    at: datetime = Field(default_factory=now, sa_column=_time())
+    line: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
 
 
 class StageMarker(SQLModel, table=True):

@@ -44,7 +44,7 @@ async def choose_labels(
 ) -> ChosenLabels:
     """`share_alone`: of the new labels, the most that may rest on one and the same person alone."""
     ready = await labels_ready(session, project)
-    used = await _used_by_current(session, project)
+    used = await used_by_current(session, project)
     held = await _held(session, project)
     trainable = [label for label in ready if not label.held_out]
     free = [label for label in trainable if label.id not in held]
@@ -66,8 +66,8 @@ def _shuffled(label: Label) -> str:
     return hashlib.sha256(label.id.encode()).hexdigest()
 
 
-async def _used_by_current(session: AsyncSession, project: str) -> dict[str, Night]:
-    """Label id -> the night of the serving adapter that trained on it."""
+async def used_by_current(session: AsyncSession, project: str) -> dict[str, Night]:
+    """Label id, or a thumb's -> the night of the serving adapter that trained on it."""
     serving = await session.get(Serving, project)
     adapter = await session.get(Adapter, serving.current) if serving else None
     if adapter is None or adapter.night_id is None:
@@ -124,11 +124,14 @@ def _readable(rows: Iterable[Kept], redact: Callable[[Kept, Redactor], Kept], by
 
 
 def _redacted_label(label: Label, by: Redactor) -> Label:
-    texts = by.open().exchange(label.messages, label.flagged_answer, [label.correction or "", *label.must_contain])
+    said = [label.correction or "", *label.rejected, *label.must_contain]
+    texts = by.open().exchange(label.messages, label.flagged_answer, said)
     if not texts.counts:
         return label
-    correction, *must_contain = texts.others
+    correction, *others = texts.others
+    rejected, must_contain = others[: len(label.rejected)], others[len(label.rejected) :]
     changed = {"messages": texts.messages, "flagged_answer": texts.answer, "must_contain": must_contain}
+    changed["rejected"] = rejected
     return Label(**{**label.model_dump(), **changed, "correction": correction or None})
 
 
@@ -149,12 +152,12 @@ def label_row(label: Label) -> Row:
     assert label.correction is not None
     return {
         "id": label.id,
-        "messages": [*map(_plain, label.messages), {"role": "assistant", "content": label.correction}],
+        "messages": [*map(plain_message, label.messages), {"role": "assistant", "content": label.correction}],
         "kind": "label",
     }
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def plain_message(message: dict[str, Any]) -> dict[str, Any]:
     """Role and text, parts of text joined; what is no text stays, for the trainer's check to name."""
     role = "system" if message.get("role") == "developer" else message.get("role")
     content = message.get("content")

@@ -109,6 +109,26 @@ class Replica:
     async def models(self) -> list[str]:
         return [model.name for model in await self.served_models()]
 
+    async def sleep(self, level: int = 1) -> None:
+        """Gives the GPU's memory back until `wake_up`: weights go to the host's memory (level 1), the cache is dropped.
+
+        vLLM has it with --enable-sleep-mode, and over HTTP in its development mode only.
+        """
+        response = await self._send("POST", "/sleep", params={"level": level})
+        if response.status_code in {404, 405}:
+            raise RequestRefused(
+                f"vLLM at {self.url} has no sleep mode",
+                hint="Start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, its port private.",
+            )
+        if response.status_code != 200:
+            self._fail(response, "sleep")
+
+    async def wake_up(self) -> None:
+        """Awake already is awake; an engine without sleep mode always is."""
+        response = await self._send("POST", "/wake_up")
+        if response.status_code not in {200, 404, 405}:
+            self._fail(response, "wake_up")
+
     def path_there(self, folder: Path) -> str:
         """An adapter folder's path as this vLLM sees it."""
         return f"{self.adapter_dir.rstrip('/')}/{folder.name}" if self.adapter_dir else str(folder.resolve())

@@ -117,6 +117,12 @@ def night_show(
     _call("commands.night:show", settings, night_id, project=project, as_json=as_json)
 
 
+@night.command("watch")
+def night_watch(settings: SettingsPath = DEFAULT, project: Project = None, as_json: AsJson = False) -> None:
+    """Follow the night that runs: stage, step, loss, speed, memory, temperature, time left, alarms."""
+    _call("commands.watch:run", settings, project=project, as_json=as_json)
+
+
 @app.command()
 def approve(
     night_id: Annotated[str | None, typer.Argument(help="Default: the one that awaits approval.")] = None,

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
+from collections.abc import Container
 
-from pydantic import ValidationError
-
-from labeling.answers import calls_tools
 from labeling.database import insert_or_nothing
-from labeling.redaction.redactor import redactor
-from labeling.settings import RedactionSettings
-from labeling.tables import GoodAnswer
+from loop import preference_examples as preferences
 from loop import training_examples as examples
 from loop.adapter_files import base_digest
 from loop.base_answers import base_answers
 from loop.chat_template import answering_digest
 from loop.contamination import clean, suite_items
+from loop.delta_sources import Sources, on_hand, read_sources, redacted
 from loop.digests import digest_folder, write_jsonl
+from loop.fitting_rows import short_enough, short_pairs, trainable
+from loop.methods import (
+    NEEDS_LABELS,
+    NEEDS_PAIRS,
+    Choice,
+    Method,
+    Needed,
+    OnHand,
+    TooFew,
+    choose,
+    shortage,
+)
 from loop.outputs import Delta, SyncedLabels
+from loop.preference_examples import Thumbs
 from loop.scoring import ExamItem, held_out_items
+from loop.settings import ProjectSettings
 from loop.stage import NightEnds, StageContext
 from loop.tables import LabelUse, NightState
+from loop.trainers.preference_rows import PreferenceDraws, write_preferences
 from loop.trainers.rows import rows_drawn
-from loop.trainers.spec import Row
-from loop.vllm import Replica
 
 
 async def run(context: StageContext) -> Delta:
     project, clients = context.project, context.clients
-    async with clients.database.read() as session:
-        chosen = await examples.choose_labels(
-            session, project.name, project.replay.max_rows, project.labeling.annotators.share_of_delta
-        )
-        good = await examples.good_answers(session, project.name, project.gate.good_answers)
-    before = len(chosen.trained) + len(chosen.held_out) + len(good)
-    chosen, good = await asyncio.to_thread(_redacted, chosen, good, project.labeling.redaction)
-    unread = _unread(before - len(chosen.trained) - len(chosen.held_out) - len(good))
+    found = await read_sources(context)
+    sources = await asyncio.to_thread(redacted, found, project.labeling.redaction)
+    unread = _unread(len(found) - len(sources))
     synced = context.take(SyncedLabels).notes
-    _enough(len(chosen.new), chosen, project.min_labels, synced)
+    choice = _choose(project, sources, synced)
+    sources = sources.for_method(choice.method, project.gate.good_answers)
+    chosen, thumbs = sources.chosen, sources.thumbs
+    pairs, unfit_pairs = preferences.pairs_of(chosen.trained) if choice.method in NEEDS_PAIRS else ([], ())
     replica = clients.replicas[0]
     answers = await base_answers(
         replica,
@@ -48,20 +55,29 @@ async def run(context: StageContext) -> Delta:
         project.replay,
         context.data_dir,
         whole=project.trainer.replay_loss == "ce",
-        wanted=rows_drawn(project.trainer, len(chosen.trained))[1],
+        wanted=_replay_wanted(project, choice.method, len(chosen.trained), max(len(pairs), len(thumbs.rated))),
     )
-    rows = [examples.label_row(label) for label in chosen.trained] + examples.base_rows(answers)
     held_out = [examples.label_item(label) for label in chosen.held_out]
-    good_items = [examples.good_answer_item(answer) for answer in good]
-    cleaned = clean(rows, held_out + _held_out_file(context), good_items + suite_items(project.gate))
+    good_items = [examples.good_answer_item(answer) for answer in sources.good]
+    rows = [examples.label_row(label) for label in chosen.trained] + preferences.thumb_rows(thumbs)
+    cleaned = clean(
+        rows + examples.base_rows(answers), held_out + _held_out_file(context), good_items + suite_items(project.gate)
+    )
     fit, unfit = trainable(cleaned.kept)
-    kept, too_long = await _short_enough(replica, project.base_name, fit, project.trainer.max_length)
+    kept, too_long = await short_enough(replica, project.base_name, fit, project.trainer.max_length)
     kept_ids = {row["id"] for row in kept}
+    pairs = [pair for pair in pairs if preferences.label_of(pair) in kept_ids]
+    pairs, long_pairs = await short_pairs(replica, project.base_name, pairs, project.trainer.max_length)
+    left_out = (*cleaned.dropped, *too_long, *unfit, *unfit_pairs, *long_pairs)
+    _still_enough(choice.method, project, on_hand(sources, pairs, kept_ids), chosen, (*synced, *left_out))
     new = sum(label.id in kept_ids for label in chosen.new)
-    _enough(new, chosen, project.min_labels, (*synced, *cleaned.dropped, *too_long, *unfit))
     trained = [label for label in chosen.trained if label.id in kept_ids]
-    _write(context, kept, [examples.label_item(label) for label in trained], held_out, good_items)
-    await _record_use(context, chosen, kept_ids)
+    bad = [item for item in thumbs.bad if item.id in kept_ids]
+    exam = [examples.label_item(label) for label in trained] + [preferences.thumb_item(item) for item in bad]
+    made = preferences.as_thumbs(kept, thumbs)
+    _write(context, [row for row in kept if row["id"] not in thumbs.ids], exam, held_out, good_items)
+    write_preferences(context.folder, pairs, made)
+    await _record_use(context, chosen, thumbs, kept_ids)
     return Delta(
         data_dir=str(context.folder),
         digest=digest_folder(context.folder),
@@ -70,38 +86,53 @@ async def run(context: StageContext) -> Delta:
         replay_rows=len(trained) - new,
         base_rows=sum(row["kind"] == "replay" for row in kept),
         held_out_items=len(held_out),
-        notes=(*synced, *unread, *cleaned.dropped, *too_long, *unfit, *_held_back(chosen)),
+        notes=(*synced, *unread, *left_out, *_held_back(chosen)),
+        method=choice.method,
+        method_why=choice.why,
+        pairs=len(pairs),
+        good_thumbs=len(made) - len(bad),
+        bad_thumbs=len(bad),
     )
-
-
-def _redacted(
-    chosen: examples.ChosenLabels, good: list[GoodAnswer], settings: RedactionSettings
-) -> tuple[examples.ChosenLabels, list[GoodAnswer]]:
-    """What is trained on, examined and archived; changes nothing that was redacted by the same settings before."""
-    by = redactor(settings)
-    new, replay, held_out = (
-        examples.redacted_labels(labels, by) for labels in (chosen.new, chosen.replay, chosen.held_out)
-    )
-    return replace(chosen, new=new, replay=replay, held_out=held_out), examples.redacted_good_answers(good, by)
 
 
 def _unread(rows: int) -> tuple[str, ...]:
-    return (f"{rows} labels and good answers left out: their names could not be recognised",) if rows else ()
+    return (f"{rows} labels and rated answers left out: their names could not be recognised",) if rows else ()
 
 
-def _enough(have: int, chosen: examples.ChosenLabels, needed: int, left_out: tuple[str, ...] = ()) -> None:
+def _choose(project: ProjectSettings, sources: Sources, synced: tuple[str, ...]) -> Choice:
+    pairs, _ = preferences.pairs_of(sources.chosen.new)
+    choice = choose(project.trainer.method, on_hand(sources, pairs), _needed(project))
+    if isinstance(choice, TooFew):
+        raise _skipped(choice, sources.chosen, synced)
+    return choice
+
+
+def _still_enough(
+    method: Method, project: ProjectSettings, have: OnHand, chosen: examples.ChosenLabels, left_out: tuple[str, ...]
+) -> None:
     """Counted again once the unfit are out: a night on what is left would be worth nothing."""
-    if have >= needed:
-        return
+    if (missing := shortage(method, have, _needed(project))) is not None:
+        raise _skipped(missing, chosen, left_out)
+
+
+def _needed(project: ProjectSettings) -> Needed:
+    return Needed(labels=project.min_labels, thumbs=project.trainer.min_thumbs)
+
+
+def _skipped(few: TooFew, chosen: examples.ChosenLabels, left_out: tuple[str, ...]) -> NightEnds:
     held = f" ({len(chosen.held_back)} more are held back after a rejected night)" if chosen.held_back else ""
     if chosen.above_share:
         held += f" ({len(chosen.above_share)} more wait: one person alone gave them, beyond labeling.annotators)"
     reasons = f". {'; '.join(left_out[:5])}" if left_out else ""
-    raise NightEnds(
-        NightState.SKIPPED,
-        f"{have} new labels{held}; {needed} are needed: {needed - have} more{reasons}",
-        "Label more items, lower `min_labels`, or confirm held labels with `nightschool labels confirm`.",
-    )
+    return NightEnds(NightState.SKIPPED, f"{few.reason}{held}{reasons}", few.hint)
+
+
+def _replay_wanted(project: ProjectSettings, method: Method, labels: int, units: int) -> int:
+    """The base's answers that the hungrier phase draws."""
+    recipe = project.trainer
+    supervised = rows_drawn(recipe, labels)[1] if method in NEEDS_LABELS or (method == "kto" and labels) else 0
+    preferring = rows_drawn(PreferenceDraws.of(recipe), units)[1] if method != "sft" else 0
+    return max(supervised, preferring)
 
 
 def _held_back(chosen: examples.ChosenLabels) -> tuple[str, ...]:
@@ -130,44 +161,15 @@ def _write(
         write_jsonl(context.folder / f"{name}.jsonl", [json.loads(item.model_dump_json()) for item in items])
 
 
-async def _short_enough(
-    replica: Replica, base_name: str, rows: list[examples.Row], max_length: int
-) -> tuple[list[examples.Row], tuple[str, ...]]:
-    """Counts tokens with the engine's own template; a row that is too long is left out and named, never cut."""
-    lengths = await replica.count_tokens(base_name, [row["messages"] for row in rows])
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_length]
-    notes = tuple(
-        f"{row['id']} left out: {length} tokens, more than max_length {max_length}"
-        for row, length in zip(rows, lengths, strict=True)
-        if length > max_length
-    )
-    return kept, notes
-
-
-def trainable(rows: list[examples.Row]) -> tuple[list[examples.Row], tuple[str, ...]]:
-    """One conversation that the trainer can't take (pictures, tool calls) is left out and named: it stops no night."""
-    kept, unfit = [], []
-    for row in rows:
-        if calls_tools(row["messages"][-1]["content"]):
-            # As a text they would teach the model to write calls instead of making them.
-            unfit.append(f"{row['id']} left out of training: its right answer calls tools, which no row can hold")
-            continue
-        try:
-            Row.model_validate(row)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            unfit.append(f"{row['id']} left out of training: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
-        else:
-            kept.append(row)
-    return kept, tuple(unfit)
-
-
-async def _record_use(context: StageContext, chosen: examples.ChosenLabels, kept: set[str]) -> None:
+async def _record_use(
+    context: StageContext, chosen: examples.ChosenLabels, thumbs: Thumbs, kept: Container[str]
+) -> None:
     uses = [
         LabelUse(night_id=context.night_id, label_id=label.id, item_id=label.item_id, role=role)
         for role, labels in (("new", chosen.new), ("replay", chosen.replay), ("held_out", chosen.held_out))
         for label in labels
         if role == "held_out" or label.id in kept
     ]
+    uses += preferences.thumb_uses(context.night_id, thumbs, kept)
     async with context.clients.database.write() as session:
         await session.execute(insert_or_nothing(session, *uses))

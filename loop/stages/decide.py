@@ -14,7 +14,7 @@ from loop.digests import canonical_json, write_durably
 from loop.evidence import build_evidence, keep_evidence
 from loop.examination import exam_families
 from loop.family_rows import read_family, regressions
-from loop.gate import GateVerdict, decide
+from loop.gate import GateVerdict, decide, flagged
 from loop.lm_eval import tasks_of
 from loop.model_card import model_card
 from loop.model_record import licence
@@ -67,11 +67,12 @@ async def _facts(context: StageContext) -> NightFacts:
     delta, trained, evaluated = context.take(Delta), context.take(Trained), context.take(Evaluated)
     registered, preflight = context.take(Registered), context.take(Preflight)
     gate = context.project.gate
+    verdict = judge(delta, evaluated, gate)
     return NightFacts(
         project=context.project.name,
         night_id=context.night_id,
         date=context.date.isoformat(),
-        verdict=judge(delta, evaluated, gate),
+        verdict=verdict,
         gate=gate,
         delta=delta,
         registered=registered,
@@ -80,10 +81,21 @@ async def _facts(context: StageContext) -> NightFacts:
         base_digest=await _base_digest(context, registered.adapter),
         regressions={result.name: regressions(result) for result in evaluated.families},
         labellers=await _labellers(context),
-        cost=night_cost(await _stage_seconds(context), trained.result),
+        cost=night_cost(
+            await _stage_seconds(context),
+            trained.result,
+            trained.watched,
+            rates=context.project.cost,
+            engine_on_gpu=context.engine.device == "cuda" and context.engine.examination == "own",
+            labels=delta.label_rows,
+            fixed=sum(line.won for line in flagged(verdict.families)),
+        ),
         preflight=preflight,
         recipe=_recipe(context, trained),
         licences={"base": licence(context.project.base_dir), "data": context.project.data_licence},
+        training={**trained.result, **trained.watched},
+        start=trained.result.get("start", "base"),
+        final_margin=trained.result.get("final_margin"),
     )
 
 

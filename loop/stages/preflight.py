@@ -13,13 +13,14 @@ from loop.digests import write_durably
 from loop.machine_memory import this_machine
 from loop.memory_record import gib
 from loop.outputs import Delta, Preflight
-from loop.preflight import base_model, caches, machine, serving, trainer_environment
+from loop.preflight import base_model, caches, machine, recipe, serving, trainer_environment
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look
 from loop.projects import require_same_base
 from loop.run_plan import planned
 from loop.stage import StageContext
-from loop.trainers.spec import TrainSpec, read_rows, render, write_spec
+from loop.start import starting_adapter
+from loop.trainers.spec import StartSpec, TrainSpec, read_rows, render, without_plan, write_spec
 
 Check = Callable[[Look], Awaitable[list[Finding]]]
 
@@ -28,6 +29,7 @@ CHECKS: tuple[Check, ...] = (
     base_model.weights,
     base_model.trainable,
     base_model.tokenizer,
+    recipe.backend,
     serving.adapter_servable,
     serving.same_base,
     machine.disk_room,
@@ -44,8 +46,8 @@ COSTLY = (trainer_environment.tokenizer_at_work, serving.same_tokens, trainer_en
 
 
 async def run(context: StageContext) -> Preflight:
-    look = await _look(context)
-    findings: list[Finding] = [Finding(f"base {context.project.base_name}: {look.spec.base_digest}")]
+    look, where = await _look(context)
+    findings: list[Finding] = [Finding(f"base {context.project.base_name}: {look.spec.base_digest}"), Finding(where)]
     findings.append(Finding(f"chat template {look.template.source.name}: {look.template.digest}"))
     failures: list[NightschoolError] = []
     for check in CHECKS:
@@ -90,6 +92,9 @@ async def _plan_memory(look: Look) -> Finding:
 
 def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     """The spec with the plans for it, and the first in words."""
+    if spec.method != "sft" or backend == "axolotl":
+        what = "method " + spec.method if spec.method != "sft" else "the axolotl backend"
+        return spec, f"memory is not planned for {what}; checkpointing {without_plan(spec).memory.checkpointing}"
     found = planned(spec, backend, read_rows(spec.data_dir), this_machine())
     if found.hopeless:
         leanest = found.spec.memory.plans[0]
@@ -101,7 +106,8 @@ def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     return found.spec, found.words
 
 
-async def _look(context: StageContext) -> Look:
+async def _look(context: StageContext) -> tuple[Look, str]:
+    """And from what the training starts, in words."""
     project = context.project
     digest = await asyncio.to_thread(base_digest, project.base_dir)
     await require_same_base(context.clients, project, digest)
@@ -111,25 +117,28 @@ async def _look(context: StageContext) -> Look:
             f"{project.base_dir} has no chat template",
             hint="Name a Jinja file in projects.chat_template; managed vLLM and the gate use it too.",
         )
-    spec = _spec(context, digest, template)
+    start, where = await starting_adapter(context, digest)
+    spec = _spec(context, digest, template, start)
     write_spec(spec, context.folder / "spec.json")
-    return Look(context, spec, template)
+    return Look(context, spec, template), where
 
 
-def _spec(context: StageContext, digest: str, template: ChatTemplate) -> TrainSpec:
+def _spec(context: StageContext, digest: str, template: ChatTemplate, start: StartSpec | None) -> TrainSpec:
     """With a copy of the project's own template: a file edited during the night changes nothing any more."""
     own = None
     if context.project.chat_template is not None:
         own = context.folder / "chat_template.jinja"
         write_durably(own, template.text.encode())
-    project = context.project
+    project, delta = context.project, context.take(Delta)
     return render(
         project.trainer,
         base_dir=project.base_dir.resolve(),
         base_name=project.base_name,
         base_digest=digest,
-        data_dir=Path(context.take(Delta).data_dir),
+        data_dir=Path(delta.data_dir),
         out_dir=context.folder / "out",
         chat_template=own,
         template_digest=template.digest,
+        method=delta.method,
+        start=start,
     )

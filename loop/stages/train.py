@@ -1,71 +1,68 @@
-"""Starts the trainer as a child process with the spec, shows its progress in MLflow, and digests what came out."""
+"""Starts the trainer as a child process with the spec, watches it, shows it in MLflow, and digests what came out."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from labeling.errors import NightschoolError, Unavailable
+from labeling.errors import Unavailable
 from loop.adapter_files import check, read_base_config
 from loop.memory_record import MemoryOutcome, in_words
 from loop.outputs import Delta, Preflight, Trained
-from loop.preflight.caches import trainer_caches
 from loop.stage import StageContext
 from loop.trainers.spec import TrainSpec, read_result, read_spec, write_spec
-from loop.training_run import with_smaller_plans
+from loop.watch.sensors import open_sensors
+from loop.watch.supervise import Supervisor, earlier_attempt
+from loop.watch.usage import Usage
 
 METRICS_SECONDS = 1.0
-LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes")
-
-
-class TookTooLong(NightschoolError):
-    code = "took_too_long"
-    default_hint = "Raise trainer.hours_allowed or train less; `night run --resume` goes on from the last checkpoint."
+LOGGED = (
+    *("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "margin", "seconds_left"),
+    *("gpu_memory_bytes", "utilisation", "temperature_c", "power_w", "power_cap_w", "clock_mhz"),
+    *("host_memory_bytes", "load"),
+)
 
 
 async def run(context: StageContext) -> Trained:
     started = time.monotonic()
-    spec = _own_spec(context)
-    _take_over_checkpoint(context.folder)
+    earlier = earlier_attempt(context.folder)
+    spec = _own_spec(context, earlier)
+    _take_over_checkpoint(context.folder, earlier)
+    usage = Usage.read(earlier) if earlier else Usage()
     registry = context.clients.registry
     run_id = await registry.start_run(
         context.project.name, context.night_id, f"{context.project.name} {context.date}", _parameters(context, spec)
     )
     lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    logged: dict[str, Any] = {}
 
     def show(line: dict[str, Any]) -> None:
         context.progress(line)
-        lines.put_nowait(line)
+        if line.get("elapsed_s") != logged.get("elapsed_s"):  # a step, not the sensors between two
+            logged.update(line)
+            lines.put_nowait(line)
 
     logging = asyncio.create_task(_log_metrics(context, run_id, lines), name="training metrics")
-    hours = context.project.trainer.hours_allowed
+    sensors = await asyncio.to_thread(open_sensors, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0])
     try:
-        async with asyncio.timeout(hours * 3600):
-            await with_smaller_plans(
-                lambda: context.clients.executor.run(
-                    f"loop.trainers.{context.project.trainer.backend}",
-                    context.folder / "spec.json",
-                    on_progress=show,
-                    log_path=context.folder / "trainer.log",
-                    environment=trainer_caches(context.data_dir),
-                    python=context.project.trainer.python,
-                ),
-                spec.out_dir,
-                lambda plan: context.log.warning("memory_fell_back", **plan.model_dump()),
-            )
-    except TimeoutError:
-        raise TookTooLong(f"training took longer than trainer.hours_allowed = {hours:g}") from None
+        await Supervisor(context, spec, run_id, sensors, usage, show).train()
     finally:
+        sensors.close()
         lines.put_nowait({})
         await logging
     result = read_result(spec.out_dir)
     assert result is not None, "the executor raises unless the trainer ended well, and that writes the result"
     if result.memory is not None:
         await _log_memory(context, run_id, result.memory)
+    if result.time_limited:
+        told = f"{result.steps} of {result.planned_steps} planned steps"
+        with contextlib.suppress(Unavailable):  # the report says it, too
+            await registry.tag_run(run_id, {"nightschool.time_limited": told})
     files = check(
         spec.out_dir / "adapter",
         read_base_config(context.project.base_dir),
@@ -73,12 +70,15 @@ async def run(context: StageContext) -> Trained:
         target_modules=context.project.trainer.target_modules,
     )
     _prune(spec.out_dir)
+    if earlier is not None:
+        _prune(earlier / "out")
     return Trained(
         adapter_dir=str(spec.out_dir / "adapter"),
         adapter_digest=files.digest,
         result=result.model_dump(mode="json"),
         run_id=run_id,
         seconds=time.monotonic() - started,
+        watched=usage.told(),
     )
 
 
@@ -118,29 +118,34 @@ async def _log_memory(context: StageContext, run_id: str, memory: MemoryOutcome)
         context.log.warning("memory_not_logged", reason=str(error))
 
 
-def _own_spec(context: StageContext) -> TrainSpec:
-    """The preflight's spec, writing into this stage's folder."""
+def _own_spec(context: StageContext, earlier: Path | None) -> TrainSpec:
+    """The preflight's spec, writing into this stage's folder; what roll backs left of the rate holds on."""
     spec = read_spec(Path(context.take(Preflight).spec_path))
-    spec = spec.model_copy(update={"out_dir": context.folder / "out"})
+    limits = spec.limits
+    if earlier is not None:
+        limits = limits.model_copy(update={"rate_scale": read_spec(earlier / "spec.json").limits.rate_scale})
+    spec = spec.model_copy(update={"out_dir": context.folder / "out", "limits": limits})
     write_spec(spec, context.folder / "spec.json")
     return spec
 
 
-def _take_over_checkpoint(folder: Path) -> None:
+def _take_over_checkpoint(folder: Path, earlier: Path | None) -> None:
     """An earlier, killed attempt's checkpoints become ours by hard link: its folder stays as that worker left it."""
-    stage = folder.name.rpartition(".")[0]
-    earlier = [p for p in folder.parent.glob(f"{stage}.*") if p.name != folder.name and (p / "out").is_dir()]
-    if (folder / "out").exists() or not earlier:
-        return
-    newest = max(earlier, key=lambda p: int(p.name.rpartition(".")[2]))
-    shutil.copytree(newest / "out", folder / "out", copy_function=os.link)
+    if earlier is not None and not (folder / "out").exists():
+        shutil.copytree(earlier / "out", folder / "out", copy_function=os.link)
 
 
 def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
     delta = context.take(Delta)
-    recipe = {f"{part}.{key}": value for part in ("lora", "schedule") for key, value in getattr(spec, part)}
+    recipe = {
+        f"{part}.{key}": value for part in ("lora", "schedule", "preference") for key, value in getattr(spec, part)
+    }
+    start = {"start": spec.start.name, "start_digest": spec.start.digest} if spec.start else {"start": "base"}
     return {
         "backend": context.project.trainer.backend,
+        "method": spec.method,
+        "method_why": delta.method_why,
+        **start,
         "quantisation": spec.quantisation,
         "seed": str(spec.seed),
         "base": spec.base_name,
@@ -150,6 +155,9 @@ def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
         "label_rows": str(delta.label_rows),
         "replay_rows": str(delta.replay_rows),
         "base_rows": str(delta.base_rows),
+        "pairs": str(delta.pairs),
+        "good_thumbs": str(delta.good_thumbs),
+        "bad_thumbs": str(delta.bad_thumbs),
         **{key: str(value) for key, value in recipe.items()},
     }
 

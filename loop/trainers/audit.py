@@ -15,6 +15,7 @@ from loop.base_weights import read_weights
 from loop.digests import write_durably
 from loop.preflight.child_results import Audit, Rendered, audit_path
 from loop.trainers.child import live, load_tokenizer, stop_ids
+from loop.trainers.preference_rows import preference_rows
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, UnfitTemplate, tokenise
 from loop.trainers.spec import Row, TrainSpec, read_rows
@@ -57,7 +58,7 @@ def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
         )
     stops = stop_ids(spec.base_dir, tokenizer)
     within_embedding(tokenizer, stops, read_weights(spec.base_dir).embedding_rows)
-    rows = _spread(read_rows(spec.data_dir))
+    rows = _spread(_rows(spec))
     whole = [same_bytes(row, tokenizer) for row in rows]
     examples = tokenise(rows, tokenizer, stops, spec.lengths.max_length)
     end_is_learnt(examples, stops, tokenizer.pad_token_id or 0, trained_tokens)
@@ -70,6 +71,14 @@ def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
         warnings=tuple(_special_texts(rows, tokenizer)),
     )
     write_durably(audit_path(folder), found.model_dump_json(indent=1).encode())
+
+
+def _rows(spec: TrainSpec) -> list[Row]:
+    """All that is trained on: labels and replay, pairs from both sides, thumbs."""
+    rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
+    if spec.method != "sft":
+        rows += preference_rows(spec.data_dir)
+    return rows
 
 
 def within_embedding(tokenizer: Any, stops: frozenset[int], embedding_rows: int | None) -> None:

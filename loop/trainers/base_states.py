@@ -42,6 +42,10 @@ class BaseStates:
             self._states = self._compute(model, {row for s in range(self._starts[block], end) for row in self._plan[s]})
             self._block = block
 
+    def forget(self) -> None:
+        """The base has been exchanged, be it earlier than planned: what it said no longer holds."""
+        self._block, self._states = -1, {}
+
     def of(self, model: Any, rows: Sequence[int]) -> torch.Tensor | None:
         """(answer tokens x hidden) of these rows, one after the other; None for no rows."""
         if not rows:

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
 from loop.trainers.progress import Channel
-from loop.trainers.rows import Example, tokenise
+from loop.trainers.rows import tokenise
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest, without_plan
 
 if TYPE_CHECKING:
     from loop.trainers.memory import RunMemory  # imports torch
+    from loop.trainers.phases import Data
+    from loop.trainers.rows import Example
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "unsloth", "axolotl")
 PR_SET_PDEATHSIG = 1
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -80,6 +82,7 @@ def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> 
     signal.signal(signal.SIGTERM, _stop)
     os.environ.update(OFFLINE)
     channel = Channel()
+    signal.signal(signal.SIGUSR1, lambda *_: channel.park())
     try:
         work(read_spec(arguments.spec), arguments.spec.parent, channel)
     except NightschoolError as error:
@@ -117,7 +120,7 @@ def _explained(error: Exception) -> NightschoolError:
 
 def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
-    rows = read_rows(spec.data_dir)
+    rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     digest = run_digest(spec)
     finished = read_result(spec.out_dir)
     if finished is not None and finished.run_digest == digest:
@@ -132,50 +135,80 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = load_tokenizer(spec)
-    examples = tokenise(rows, tokenizer, stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length)
-    memory = _settle(spec, backend, examples, digest)
+    stops = stop_ids(spec.base_dir, tokenizer)
+    data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
+    memory = _settle(spec, backend, data, digest)
     spec = memory.settled() if memory else without_plan(spec)
+    limit_memory(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
-    model = backend.load(spec, max(len(example.tokens) for example in examples))
+    model = backend.load(spec, data.longest)
+    if spec.start is not None:
+        from loop.trainers.start_adapter import start_from
+
+        start_from(model, spec.start, spec.lora)
     channel.mark("loaded")
-    _train_and_write(spec, model, tokenizer, examples, digest, channel, memory)
+    _train_and_write(spec, model, tokenizer, data, digest, channel, memory)
 
 
-def _settle(spec: TrainSpec, backend: Backend, examples: list[Example], digest: str) -> RunMemory | None:
+def _settle(spec: TrainSpec, backend: Backend, data: Data, digest: str) -> RunMemory | None:
+    """None where memory is not planned: for a base of unknown shape, and for preferences."""
+    if spec.method != "sft":
+        return None
     from loop.trainers.memory import settle
-    from loop.trainers.sft_loop import compute_dtype
+    from loop.trainers.planned_run import compute_dtype
 
-    memory = settle(spec, backend.name, examples, digest, compute_dtype())
+    memory = settle(spec, backend.name, data.rows, digest, compute_dtype())
     if memory is not None:
         memory.limit()
     return memory
+
+
+def limit_memory(spec: TrainSpec) -> None:
+    """The GPU's, to the share that production leaves; a smaller budget of the memory plan holds on."""
+    import torch
+
+    share = spec.limits.memory_share
+    if share is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(min(share, torch.cuda.get_per_process_memory_fraction()))
+
+
+def _data(spec: TrainSpec, examples: list[Example], tokenizer: Any, stop_ids: frozenset[int]) -> Data:
+    from loop.trainers.phases import Data, preference_units
+
+    return Data(examples, preference_units(spec, tokenizer, stop_ids))
 
 
 def _train_and_write(
     spec: TrainSpec,
     model: Any,
     tokenizer: Any,
-    examples: list[Example],
+    data: Data,
     digest: str,
     channel: Channel,
     memory: RunMemory | None,
 ) -> None:
     from loop.trainers.adapter import write_adapter
     from loop.trainers.checkpoints import CHECKPOINTS
-    from loop.trainers.sft_loop import train
+    from loop.trainers.phases import train_phases
 
-    trained = train(spec, model, tokenizer, examples, digest, channel, memory)
+    trained = train_phases(spec, model, tokenizer, data, digest, channel, memory)
     result = TrainResult(
         run_digest=digest,
         steps=trained.steps,
-        examples=len(examples),
+        examples=data.examples,
         tokens=trained.tokens,
         seconds=trained.seconds,
         final_loss=trained.final_loss,
+        method=spec.method,
+        start=spec.start.name if spec.start else "base",
+        final_margin=trained.final_margin,
         unquantised_steps=trained.unquantised_steps,
-        packed=trained.layout.packed,
-        not_packed=trained.layout.reason,
+        packed=trained.packed,
+        not_packed=trained.not_packed,
         phases=channel.phases,
+        planned_steps=trained.planned_steps,
+        time_limited=trained.time_limited,
+        rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
         packages=versions(),
@@ -183,7 +216,8 @@ def _train_and_write(
         memory=memory.outcome() if memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
-    shutil.rmtree(spec.out_dir / CHECKPOINTS, ignore_errors=True)
+    for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_tokenizer(spec: TrainSpec) -> Any:

@@ -21,7 +21,7 @@ def load(spec: TrainSpec, longest: int) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from loop.trainers.checkpointing import recompute
-    from loop.trainers.sft_loop import compute_dtype
+    from loop.trainers.planned_run import compute_dtype
 
     on_gpu = torch.cuda.is_available()
     quantised = BitsAndBytesConfig(

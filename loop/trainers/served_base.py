@@ -24,7 +24,7 @@ ROOM = 1.2  # beside the weights themselves
 
 
 class FinishOnServedBase(TrainerCallback):
-    """From `first_step` (counted from 0) to `total`; also after a resume."""
+    """From `first_step` (counted from 0) to `total`; also after a resume. A run that ends early says so by `due`."""
 
     def __init__(
         self,
@@ -33,21 +33,27 @@ class FinishOnServedBase(TrainerCallback):
         dtype: torch.dtype,
         first_step: int,
         total: int,
+        due: Callable[[], bool] = lambda: False,
         room: Callable[[], int] | None = None,
+        on_exchange: Callable[[], None] = lambda: None,
     ) -> None:
         self._room = room  # bytes that the memory plan's budget leaves; None: only what is free counts
+        self._on_exchange = on_exchange
         self._model, self._base_dir, self._dtype = model, base_dir, dtype
-        self._first, self._total = first_step, total
+        self._first, self.total, self._due = first_step, total, due
         self._swapped: bool | None = None
 
     @property
     def steps(self) -> int:
         """How many were trained so; 0 where the weights did not fit."""
-        return self._total - self._first if self._swapped else 0
+        return self.total - self._first if self._swapped else 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= self._first and self._swapped is None:
+        if self._swapped is None and (state.global_step >= self._first or self._due()):
+            self._first = min(self._first, state.global_step)
             self._swapped = _fits(self._model, self._room) and unquantise(self._model, self._base_dir, self._dtype) > 0
+            if self._swapped:
+                self._on_exchange()
 
 
 def unquantise(model: Any, base_dir: Path, dtype: torch.dtype) -> int:

@@ -5,11 +5,8 @@ The backends (`peft.py`, `unsloth.py`) differ only in how they load the model.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,45 +14,25 @@ from bitsandbytes.optim import AdamW8bit
 from datasets import Dataset
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, get_scheduler, set_seed
+from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from labeling.errors import NightschoolError
 from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
-from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
+from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
-from loop.trainers.packing import Layout, choose
-from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
+from loop.trainers.packing import choose
+from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned
+from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, heaviest, plan_batches
-from loop.trainers.served_base import FinishOnServedBase
-from loop.trainers.spec import Progress, ScheduleSpec, TrainSpec
-
-LAST_STEPS = 10  # over which the final loss is averaged
-
-
-class Diverged(NightschoolError):
-    code = "training_diverged"
-    default_hint = "Lower trainer.learning_rate, or look for broken rows in this night's delta."
+from loop.trainers.spec import ScheduleSpec, TrainSpec
 
 
 class OutOfMemory(NightschoolError):
     code = "out_of_memory"
     default_hint = "Lower trainer.batch_size or trainer.max_length, or use quantisation nf4."
-
-
-@dataclass(frozen=True)
-class Trained:
-    model: Any
-    steps: int
-    tokens: int
-    seconds: float
-    final_loss: float
-    unquantised_steps: int
-    layout: Layout
-    peak_memory_bytes: int
-    device: str
 
 
 class RetentionTrainer(SFTTrainer):
@@ -118,41 +95,6 @@ class RetentionTrainer(SFTTrainer):
             self._batches = replace(self._batches, at_once=memory.plan.micro_tokens)
 
 
-class Reporter(TrainerCallback):
-    """Progress lines out, checkpoints marked complete, a run gone wrong stopped."""
-
-    def __init__(self, channel: Channel, tokens: list[int], run_digest: str) -> None:
-        self._channel, self._tokens, self._run_digest = channel, tokens, run_digest
-        self._since = time.monotonic()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._since = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" not in logs:  # the summary at the end
-            return
-        if not math.isfinite(logs["loss"]):
-            raise Diverged(f"the loss became {logs['loss']} at step {state.global_step}")
-        if not math.isfinite(logs["grad_norm"]):
-            raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
-        self._channel.mark("first_step")
-        self._channel.step(
-            Progress(
-                step=state.global_step,
-                total_steps=state.max_steps,
-                loss=logs["loss"],
-                grad_norm=logs["grad_norm"],
-                learning_rate=logs["learning_rate"],
-                tokens_per_s=self._tokens[state.global_step - 1] / (time.monotonic() - self._since),
-                memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes(),
-                elapsed_s=self._channel.elapsed_seconds(),
-            )
-        )
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._run_digest)
-
-
 def train(
     spec: TrainSpec,
     model: Any,
@@ -162,14 +104,11 @@ def train(
     channel: Channel,
     memory: RunMemory | None = None,
 ) -> Trained:
-    """Trains to the end of the plan, from the last complete checkpoint of the same run where there is one."""
+    """As `run_planned`: to the end of the plan or of the time, from a checkpoint where there is one."""
     amp = Amp(model.device.type, compute_dtype())
     layout = choose(spec.lengths.packing, model, amp)
     plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
     tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
-    finish = FinishOnServedBase(
-        model, spec.base_dir, compute_dtype(), _finish_at(spec, len(plan)), len(plan), memory.room if memory else None
-    )
     batches = Batches(
         examples,
         pad_id=tokenizer.pad_token_id or 0,
@@ -177,58 +116,39 @@ def train(
         packed=layout.packed,
         at_once=spec.lengths.at_once,
     )
-    base = BaseStates(batches, plan, amp, anew=[_finish_at(spec, len(plan))])
+    base = BaseStates(batches, plan, amp, anew=[finish_at(spec, len(plan))])
     trainer = _trainer(spec, model, tokenizer, plan, batches=batches, base=base, amp=amp)
-    trainer.add_callback(Reporter(channel, tokens, run_digest))
-    trainer.add_callback(finish)
-    trainer.remove_callback(PrinterCallback)
     channel.mark("ready")
     trainer.find_room(memory)
     channel.mark("tried")
-    set_seed(spec.seed)
-    since = time.monotonic()
-    checkpoint = last_complete(spec.out_dir / CHECKPOINTS, run_digest)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
-    return Trained(
-        model=trainer.model,
-        steps=trainer.state.global_step,
-        tokens=sum(tokens),
-        seconds=round(time.monotonic() - since, 3),
-        final_loss=sum(losses) / len(losses),
-        unquantised_steps=finish.steps,
-        layout=layout,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
-        device=_device_words(model),
-    )
-
-
-def _finish_at(spec: TrainSpec, steps: int) -> int:
-    return steps - round(spec.schedule.finish_share * steps) if spec.quantisation == "nf4" else steps
+    room = memory.room if memory else None
+    trained = run_planned(trainer, spec, model, tokens, run_digest, channel, room=room, on_exchange=base.forget)
+    return replace(trained, packed=layout.packed, not_packed=layout.reason)
 
 
 def _trainer(spec: TrainSpec, model: Any, tokenizer: Any, plan: list[list[int]], **parts: Any) -> RetentionTrainer:
-    optimizer = _optimizer(model, spec.schedule)
+    optimizer = optimizer_of(model, spec.schedule)
     return RetentionTrainer(
         spec=spec,
         plan=plan,
         model=model,
-        args=_arguments(spec, len(plan)),
+        args=arguments(spec, len(plan)),
         train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # never read: see get_train_dataloader
         processing_class=tokenizer,
-        optimizers=(optimizer, _scheduler(optimizer, spec.schedule, len(plan))),
+        optimizers=(optimizer, scheduler_of(optimizer, spec.schedule, len(plan))),
         **parts,
     )
 
 
-def _optimizer(model: Any, schedule: ScheduleSpec) -> torch.optim.Optimizer:
+def optimizer_of(model: Any, schedule: ScheduleSpec) -> torch.optim.Optimizer:
+    """Over the adapter's weights."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if schedule.optimizer == "adamw_8bit":
         return AdamW8bit(weights, lr=schedule.learning_rate, weight_decay=0.0)
     return torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
 
 
-def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
+def arguments(spec: TrainSpec, steps: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(spec.out_dir / CHECKPOINTS),
         max_steps=steps,
@@ -252,24 +172,13 @@ def _arguments(spec: TrainSpec, steps: int) -> SFTConfig:
     )
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleSpec, steps: int) -> Any:
+def scheduler_of(optimizer: torch.optim.Optimizer, schedule: ScheduleSpec, steps: int) -> Any:
     if schedule.scheduler == "one_cycle":
         steps = max(steps, 4)
         share = min(max(schedule.warmup_share, 2 / steps), 1 - 1 / steps)  # torch divides by the length of each phase
         return OneCycleLR(optimizer, max_lr=schedule.learning_rate, total_steps=steps, pct_start=share)
     name = "constant_with_warmup" if schedule.scheduler == "constant" else schedule.scheduler
     return get_scheduler(name, optimizer, int(schedule.warmup_share * steps), steps)
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the hardware multiplies it; elsewhere it would be emulated, several times slower."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()  # torch has no public name for it
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _device_words(model: Any) -> str:
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    return f"{name}, {str(compute_dtype()).removeprefix('torch.')}"
 
 
 def _lengths(examples: Sequence[Example]) -> list[int]:

@@ -65,7 +65,7 @@ def smoke(spec: TrainSpec, folder: Path, channel: Channel) -> None:
 
 def product(torch: Any, needs_4bit: bool) -> float:
     """Forward, backward and an adapter's step beside the layer; by how much, relative, it differs from plain math."""
-    from loop.trainers.sft_loop import compute_dtype
+    from loop.trainers.planned_run import compute_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

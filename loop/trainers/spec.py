@@ -14,11 +14,13 @@ from labeling.settings import Strict
 from loop.digests import write_durably
 from loop.memory_plan import Plan
 from loop.memory_record import MemoryOutcome
+from loop.methods import Method
 from loop.settings import LINEAR_LAYERS, TrainerSettings
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROWS_FILE = "train.jsonl"
-NOT_DECISIVE = {"out_dir", "data_dir", "base_dir", "chat_template", "threads", "needs_gpu", "memory"}
+PAIRS_FILE, THUMBS_FILE = "pairs.jsonl", "thumbs.jsonl"
+NOT_DECISIVE = ("out_dir", "data_dir", "base_dir", "chat_template", "threads", "needs_gpu", "memory", "limits")
 
 
 class BadSpec(InvalidInput):
@@ -72,6 +74,34 @@ class MemorySpec(Strict):
     plans: tuple[Plan, ...] = Field((), description="The first is followed; each next one takes clearly less")
 
 
+class PreferenceSpec(Strict):
+    """Of dpo, orpo and kto. `beta`: how strongly the base holds; for orpo the weight of the odds ratio."""
+
+    beta: float = Field(0.1, gt=0, le=100)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+
+
+class StartSpec(Strict):
+    """An adapter of the same base, rank and layers to go on from, instead of from the base."""
+
+    folder: Path
+    name: str = Field(min_length=1, max_length=200)
+    digest: str = Field(min_length=1, max_length=200)
+
+
+class LimitsSpec(Strict):
+    """What this attempt may take; it decides when a run ends and how it is kept, not what is trained.
+
+    `seconds` from the start of the process: the schedule is fitted into them, and the run ends with a usable adapter.
+    `rate_scale` is what roll backs have left of the learning rate; `memory_share` the GPU's that may be allocated.
+    """
+
+    seconds: float | None = Field(None, gt=0, le=1e7)
+    save_minutes: float | None = Field(None, gt=0, le=1440)
+    rate_scale: float = Field(1.0, gt=0, le=1)
+    memory_share: float | None = Field(None, gt=0, le=1)
+
+
 class TrainSpec(Strict):
     """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
 
@@ -82,12 +112,15 @@ class TrainSpec(Strict):
     data_dir: Path = Field(description=f"Holds {ROWS_FILE}")
     chat_template: Path | None = Field(None, description="Used instead of the base's own")
     template_digest: str = Field("", max_length=200, description="Of the template in force")
-    method: Literal["sft"] = "sft"
+    method: Method = "sft"
+    start: StartSpec | None = None
     quantisation: Literal["nf4", "none"] = "nf4"
     lora: LoraSpec = LoraSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    preference: PreferenceSpec = PreferenceSpec()
     lengths: LengthsSpec = LengthsSpec()
     memory: MemorySpec = MemorySpec()
+    limits: LimitsSpec = LimitsSpec()
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1, le=1024)
     needs_gpu: bool = Field(False, description="The backend trains on nothing else")
@@ -124,6 +157,11 @@ class Progress(Strict):
     tokens_per_s: float
     memory_bytes: int
     elapsed_s: float
+    seconds_left: float | None = None  # until the last step, at the speed of the last ones
+    unquantised: bool = False  # on the base as it is served: another speed, another memory
+    time_limited: bool = False  # not all steps of the plan fit into the time allowed
+    objective: str | None = None  # of this part of the method: sft, dpo, orpo or kto
+    margin: float | None = None  # of dpo, orpo: chosen above rejected, mean summed log-probability, in nats
 
 
 class TrainResult(Strict):
@@ -138,10 +176,16 @@ class TrainResult(Strict):
     tokens: int
     seconds: float
     final_loss: float
+    method: str = "sft"
+    start: str = "base"  # or the adapter that it went on from
+    final_margin: float | None = None  # as `Progress.margin`, over the last steps
     unquantised_steps: int = 0  # the last ones, on the base as it is served
     packed: bool = False  # rows end to end in one sequence; else padded, and `not_packed` says why
     not_packed: str = ""
     phases: dict[str, float] = Field(default_factory=dict)  # seconds from the trainer's start to each of its milestones
+    planned_steps: int | None = None
+    time_limited: bool = False  # fewer steps than planned, the learning rate brought down before the end
+    rate_scale: float = 1.0  # below 1 after roll backs
     peak_memory_bytes: int
     adapter_files: dict[str, str]
     packages: dict[str, str]
@@ -159,8 +203,10 @@ def render(
     out_dir: Path,
     chat_template: Path | None = None,
     template_digest: str = "",
+    method: Method = "sft",
+    start: StartSpec | None = None,
 ) -> TrainSpec:
-    """The project's recipe as a spec."""
+    """The project's recipe as a spec. `method`: what the night's data have settled."""
     flat = settings.model_dump()
     if settings.backend != "peft":
         flat["finish_share"] = 0.0  # Unsloth's layers are its own: none can be exchanged while it trains
@@ -175,9 +221,12 @@ def render(
         data_dir=data_dir,
         chat_template=chat_template,
         template_digest=template_digest,
+        method=method,
+        start=start,
         quantisation=flat["quantisation"],
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
+        preference=PreferenceSpec(beta=settings.preference_beta, learning_rate=settings.preference_learning_rate),
         lengths=LengthsSpec(max_length=settings.max_length, packing=flat["packing"]),
         memory=MemorySpec(
             budget_gib=settings.memory_budget_gib,
@@ -185,9 +234,10 @@ def render(
             checkpointing=settings.checkpointing,
             micro_tokens=settings.micro_tokens,
         ),
+        limits=LimitsSpec(save_minutes=settings.save_minutes, memory_share=settings.truce.memory_share),
         seed=settings.seed,
         threads=settings.threads,
-        needs_gpu=settings.backend != "peft",
+        needs_gpu=settings.backend == "unsloth",
         out_dir=out_dir,
     )
 
@@ -222,7 +272,8 @@ def read_result(out_dir: Path) -> TrainResult | None:
 _ROW = TypeAdapter(Row)
 
 
-def read_rows(data_dir: Path) -> list[Row]:
+def read_rows(data_dir: Path, *, may_be_none: bool = False) -> list[Row]:
+    """`may_be_none`: where pairs or thumbs are trained on, and there is no replay."""
     path = data_dir / ROWS_FILE
     if not path.exists():
         raise BadRows(f"there are no training rows at {path}", hint="Run the build_delta stage first.")
@@ -234,17 +285,20 @@ def read_rows(data_dir: Path) -> list[Row]:
             mistakes.append(f"line {number}: {_mistakes(error)}")
     if mistakes:
         raise BadRows(f"{len(mistakes)} rows of {path} are not training rows: {'; '.join(mistakes[:5])}")
-    if not rows:
+    if not rows and not may_be_none:
         raise BadRows(f"{path} holds no rows", hint="A night needs labels; see min_labels.")
     return rows
 
 
 def run_digest(spec: TrainSpec) -> str:
-    """Of all that decides the adapter: the spec but for its places, and the rows. A checkpoint of another digest
-    is never resumed."""
-    decisive = spec.model_dump(mode="json", exclude=NOT_DECISIVE)
+    """Of all that decides the adapter: the spec but for its places and limits, and the rows. A checkpoint of another
+    digest is never resumed."""
+    aside: dict[str, Any] = dict.fromkeys(NOT_DECISIVE, True)
+    decisive = spec.model_dump(mode="json", exclude={**aside, "start": {"folder"}})
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    digest.update((spec.data_dir / ROWS_FILE).read_bytes())
+    for name in (ROWS_FILE, PAIRS_FILE, THUMBS_FILE):
+        if (spec.data_dir / name).exists():
+            digest.update(name.encode() + (spec.data_dir / name).read_bytes())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -129,7 +129,8 @@ def with_api(path: Path, body: Callable[[Api], Awaitable[T]], *, streams: bool =
 
 
 @asynccontextmanager
-async def open_api(settings: Settings, *, streams: bool = False) -> AsyncIterator[Api]:
+async def open_api(settings: Settings, *, streams: bool = False, only_reads: bool = False) -> AsyncIterator[Api]:
+    """`only_reads`, for long: on PostgreSQL other commands are not kept waiting meanwhile."""
     data_dir = settings.data_dir.resolve()
     holder = await _server(data_dir)
     if holder is not None:
@@ -138,9 +139,12 @@ async def open_api(settings: Settings, *, streams: bool = False) -> AsyncIterato
         ) as client:
             yield Api(client, settings, served=True)
         return
-    with DataDirLock(data_dir, f"process {os.getpid()}"):
+    with ExitStack() as lock:
+        lock.enter_context(DataDirLock(data_dir, f"process {os.getpid()}"))
         async with installation.compose(settings, Stack.configured(settings), None, work=False) as composed:
             await installation.admin_key(composed)
+            if only_reads and settings.database.url:
+                lock.close()
             async with _client_of(composed, streams) as client:
                 client.headers.update(_key(data_dir))
                 yield Api(client, settings, served=bool(settings.database.url))

@@ -22,6 +22,7 @@ from loop.clients import Clients
 from loop.settings import ProjectSettings
 from loop.states import WrongState
 from loop.tables import Night, NightState
+from loop.watch.live import Live
 from service.auth import Caller, KeyRing, Scope
 from service.bodies import read_body
 
@@ -64,7 +65,7 @@ class NightDesk:
     projects: Mapping[str, ProjectSettings]
     data_dir: Path
     keys: KeyRing
-    live: Mapping[str, dict[str, Any]]
+    live: Live
     wake: Callable[[], None]
 
     def caller(self, request: Request[Any, Any, Any], scope: Scope, project: str | None = None) -> Caller:

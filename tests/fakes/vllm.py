@@ -23,6 +23,7 @@ from typing import Any, Self
 from aiohttp import web
 
 MAX_RANK = 16
+FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, float("inf"))
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Faults:
     drop_after_chunks: int | None = None  # cut the connection in mid-stream (0: before the first byte)
     load_has_no_effect: bool = False  # a load answers 200, and the adapter answers as the base
     unhealthy: bool = False
+    no_sleep_mode: bool = False  # started without --enable-sleep-mode, or not in development mode
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class FakeVllm:
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     words: dict[int, str] = field(default_factory=dict)  # token id -> the word that it stood for
+    asleep: bool = False
+    naps: int = 0
+    first_tokens: list[float] = field(default_factory=list)  # seconds of every request so far, for /metrics
 
     @property
     def url(self) -> str:
@@ -98,6 +103,9 @@ class FakeVllm:
                 web.post("/v1/load_lora_adapter", self._load),
                 web.post("/v1/unload_lora_adapter", self._unload),
                 web.post("/faults", self._set_faults),
+                web.post("/sleep", self._sleep),
+                web.post("/wake_up", self._wake_up),
+                web.get("/metrics", self._metrics),
             ]
         )
         # A client that hangs up cancels its handler, as vLLM aborts its request.
@@ -121,6 +129,31 @@ class FakeVllm:
         known = {f.name for f in fields(Faults)}
         self.faults = Faults(**{key: value for key, value in (await request.json()).items() if key in known})
         return web.json_response({})
+
+    async def _sleep(self, _: web.Request) -> web.Response:
+        if self.faults.no_sleep_mode:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        self.asleep, self.naps = True, self.naps + 1
+        return web.Response()
+
+    async def _wake_up(self, _: web.Request) -> web.Response:
+        if self.faults.no_sleep_mode:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        self.asleep = False
+        return web.Response()
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        """The one histogram that anybody reads here, in vLLM's form."""
+        name = "vllm:time_to_first_token_seconds"
+        labels = f'engine="0",model_name="{self.base}"'
+        lines = [f"# HELP {name} Histogram of time to first token in seconds.", f"# TYPE {name} histogram"]
+        for bound in FIRST_TOKEN_BUCKETS:
+            count = sum(seconds <= bound for seconds in self.first_tokens)
+            le = "+Inf" if bound == float("inf") else str(bound)
+            lines.append(f'{name}_bucket{{{labels},le="{le}"}} {float(count)}')
+        lines.append(f"{name}_count{{{labels}}} {float(len(self.first_tokens))}")
+        lines.append(f"{name}_sum{{{labels}}} {sum(self.first_tokens)}")
+        return web.Response(text="\n".join([*lines, ""]), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:
         base: dict[str, Any] = {"id": self.base, "root": self.root, "parent": None, "max_model_len": self.max_model_len}

@@ -18,7 +18,7 @@ from loop.executors import ChildCrashed, LocalExecutor
 from loop.memory_plan import Plan
 from loop.memory_record import read_record
 from loop.trainers import peft as peft_backend
-from loop.trainers.sft_loop import compute_dtype
+from loop.trainers.planned_run import compute_dtype
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, write_spec
 from loop.training_run import with_smaller_plans
 

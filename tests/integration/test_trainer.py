@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 from loop.executors import ChildCrashed, ChildFailed, ChildNotStarted, LocalExecutor
 from loop.trainers import peft as peft_backend
 from loop.trainers import served_base
+from loop.trainers.planned_run import compute_dtype
 from loop.trainers.served_base import unquantise
-from loop.trainers.sft_loop import compute_dtype
 from loop.trainers.spec import Progress, TrainResult, TrainSpec, read_result, write_spec
 
 pytestmark = pytest.mark.slow
@@ -180,9 +180,10 @@ async def test_a_finished_run_is_not_repeated(learned: Trained) -> None:
 
 
 async def test_a_killed_trainer_goes_on_from_its_checkpoint_to_the_same_adapter(tiny_dir: Path, tmp_path: Path) -> None:
-    """SIGKILL after step 5: the second run starts at step 5 again, and ends with the bytes of an unbroken run."""
+    """SIGKILL after step 5: on from the last checkpoint, the losses of an unbroken run step by step, and its bytes."""
     whole, broken = _prepare(tmp_path / "whole", tiny_dir), _prepare(tmp_path / "broken", tiny_dir)
-    await _train(whole.out_dir, lambda line: None)
+    unbroken: dict[int, dict[str, Any]] = {}
+    await _train(whole.out_dir, lambda line: unbroken.__setitem__(line["step"], line))
 
     def kill_at_five(line: dict[str, Any]) -> None:
         if line["step"] == 5:
@@ -191,10 +192,14 @@ async def test_a_killed_trainer_goes_on_from_its_checkpoint_to_the_same_adapter(
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(broken.out_dir, kill_at_five)
     assert read_result(broken.out_dir) is None
-    steps: list[int] = []
-    await _train(broken.out_dir, lambda line: steps.append(line["step"]))
-    assert steps[0] in {5, 7}
-    assert steps[-1] == 8
+    resumed: list[dict[str, Any]] = []
+    await _train(broken.out_dir, resumed.append)
+    assert resumed[0]["step"] in {5, 7}
+    assert resumed[-1]["step"] == 8
+    for line in resumed:
+        same = unbroken[line["step"]]
+        for figure in ("loss", "grad_norm", "learning_rate"):
+            assert line[figure] == same[figure], f"{figure} of step {line['step']}"
     first, second = read_result(whole.out_dir), read_result(broken.out_dir)
     assert first is not None
     assert second is not None

@@ -10,6 +10,7 @@ import httpx
 
 from labeling.database import Database, now
 from loop.tables import Night, NightEvent, NightState
+from loop.watch.live import Live
 from service.app import assemble, create_app
 from service.routes.nights import NightDesk
 from service.routes.pages import page_routes
@@ -28,7 +29,7 @@ async def test_overview_and_night_render(database: Database, tmp_path: Path) -> 
         session.add_all(NightEvent(night_id=night.id, kind=kind, detail=detail) for kind, detail in events.items())
     clients = offline_clients(database, tmp_path)
     projects = {project.name: project for project in settings.projects}
-    desk = NightDesk(clients, projects, tmp_path, state.keys, {}, lambda: None)
+    desk = NightDesk(clients, projects, tmp_path, state.keys, Live(), lambda: None)
     async with serving(create_app(settings, state, extra_routes=page_routes(desk))) as url:
         key = await Service(url, settings, state).key("read")
         async with httpx.AsyncClient(base_url=url, auth=("anyone", key), trust_env=False) as http:

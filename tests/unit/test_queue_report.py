@@ -18,6 +18,7 @@ from labeling.settings import LabelingSettings
 from labeling.tables import Chosen, Feedback, FeedbackKind, ItemState, Label, LabelState, ReviewItem, Verdict
 from loop.label_fixes import label_fixes
 from loop.tables import LabelUse, Night, NightState, Promotion, StageMarker
+from loop.watch.live import Live
 from service.app import assemble, create_app
 from service.commands import queue as commands
 from service.migrations import upgrade
@@ -167,7 +168,7 @@ async def test_routes_and_page(database: Database, tmp_path: Path) -> None:
     )
     await fold(database, PROJECT, LabelingSettings())
     clients = offline_clients(database, tmp_path)
-    desk = NightDesk(clients, {p.name: p for p in settings.projects}, tmp_path, state.keys, {}, lambda: None)
+    desk = NightDesk(clients, {p.name: p for p in settings.projects}, tmp_path, state.keys, Live(), lambda: None)
     routes = [*queue_routes(desk), *page_routes(desk)]
     async with serving(create_app(settings, state, extra_routes=routes)) as url:
         running = Service(url, settings, state)

@@ -79,7 +79,7 @@ def test_the_spec_comes_back_as_it_was_written(tmp_path: Path) -> None:
     [
         (("version",), 2),
         (("surprise",), 1),
-        (("method",), "dpo"),
+        (("method",), "ppo"),
         (("quantisation",), "int3"),
         (("lora", "rank"), 0),
         (("lora", "target_modules"), []),

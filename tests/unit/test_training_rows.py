@@ -6,7 +6,7 @@ from typing import Any
 
 from labeling.answers import answer_text
 from labeling.tables import Label, LabelState, Verdict
-from loop.stages.build_delta import trainable
+from loop.fitting_rows import trainable
 from loop.training_examples import label_row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from loop.executors import ChildCrashed, ChildFailed
 from loop.memory_plan import Plan
 from loop.memory_record import MemoryOutcome, MemoryRecord, in_words, read_record, write_record
 from loop.training_run import with_smaller_plans
+from loop.watch.settings import CostSettings
 
 
 def plan(tokens: int) -> Plan:
@@ -76,5 +78,7 @@ async def test_one_that_the_kernel_killed_ran_out_of_memory(tmp_path: Path, monk
 def test_a_nights_cost_tells_the_plan_in_words() -> None:
     """And nothing where the base's shape is unknown."""
     outcome = MemoryOutcome(plan=plan(3), machine="host", measured_bytes=7)
-    assert night_cost({}, {"memory": outcome.model_dump(mode="json")})["memory"] == in_words(outcome)
-    assert night_cost({}, {"memory": None})["memory"] is None
+    costs: dict[str, Any] = {"rates": CostSettings(), "engine_on_gpu": False, "labels": 1, "fixed": 0}
+    told = night_cost({}, {"memory": outcome.model_dump(mode="json")}, {}, **costs)
+    assert told["memory"] == in_words(outcome)
+    assert night_cost({}, {"memory": None}, {}, **costs)["memory"] is None

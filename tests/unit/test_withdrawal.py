@@ -29,6 +29,7 @@ from labeling.tables import (
     Verdict,
 )
 from labeling.withdrawal import ItemIsGold, ItemIsLabelled, UnknownItem, withdraw
+from loop.watch.live import Live
 from service.app import assemble, create_app
 from service.commands import queue
 from service.commands.local_api import Answered
@@ -179,7 +180,7 @@ async def test_over_http(database: Database, tmp_path: Path) -> None:
     where = f"/v1/projects/{PROJECT}/queue/items"
     known = settings_for([NOWHERE], data_dir=tmp_path)
     state, clients = assemble(known, database), offline_clients(database, tmp_path)
-    desk = NightDesk(clients, {p.name: p for p in known.projects}, tmp_path, state.keys, {}, lambda: None)
+    desk = NightDesk(clients, {p.name: p for p in known.projects}, tmp_path, state.keys, Live(), lambda: None)
     async with serving(create_app(known, state, extra_routes=queue_routes(desk))) as url:
         running = Service(url, known, state)
         client: httpx.AsyncClient

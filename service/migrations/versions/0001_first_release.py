@@ -451,6 +451,17 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_night_events_night_id"), "night_events", ["night_id"], unique=False)
     op.create_table(
+        "night_progress",
+        sa.Column("night_id", sa.String(), nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False),
+        sa.Column("line", sa.JSON(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["night_id"],
+            ["nights.id"],
+        ),
+        sa.PrimaryKeyConstraint("night_id"),
+    )
+    op.create_table(
         "stage_markers",
         sa.Column("night_id", sa.String(), nullable=False),
         sa.Column("stage", sa.String(), nullable=False),
@@ -514,6 +525,7 @@ def downgrade() -> None:
     op.drop_table("item_withdrawals")
     op.drop_table("item_members")
     op.drop_table("stage_markers")
+    op.drop_table("night_progress")
     op.drop_index(op.f("ix_night_events_night_id"), table_name="night_events")
     op.drop_table("night_events")
     op.drop_index(op.f("ix_labels_project"), table_name="labels")

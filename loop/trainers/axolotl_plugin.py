@@ -1,0 +1,41 @@
+"""What axolotl is told through its own door for plugins: our limits and lines. Imported by axolotl in our process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+from loop.trainers.governor import Governor
+from loop.trainers.planned_run import Reporter
+
+
+class Told(BasePlugin):
+    """`callbacks` are set by the trainer process before axolotl makes its trainer."""
+
+    callbacks: tuple[Governor, Reporter] | None = None
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
+        if Told.callbacks is None:
+            return []
+        governor, reporter = Told.callbacks
+        return [governor, _Numbers(reporter)]
+
+
+class _Numbers(TrainerCallback):
+    """axolotl's log lines hold numbers as words."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._reporter.on_step_begin(args, state, control, **rest)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
+        if "loss" in logs:
+            numbers = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate")}
+            self._reporter.on_log(args, state, control, logs=numbers, **rest)
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._reporter.on_save(args, state, control, **rest)

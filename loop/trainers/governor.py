@@ -1,0 +1,60 @@
+"""What an attempt's limits make of a run: its learning rate, when a checkpoint is due by the clock, when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loop.trainers.pace import Pace
+from loop.trainers.progress import Channel, Parked
+from loop.trainers.spec import TrainSpec
+
+
+class Governor(TrainerCallback):
+    """Sets the rate before each step, on top of the planned schedule and never into it: a checkpoint holds the plan.
+
+    `rate` is what the last step was made with; None while the plan's own holds.
+    """
+
+    def __init__(self, pace: Pace, spec: TrainSpec, channel: Channel, checkpoint: Path | None) -> None:
+        self.pace, self.rate = pace, None
+        self._limits, self._highest, self._channel = spec.limits, spec.schedule.learning_rate, channel
+        self._saved = channel.elapsed_seconds()
+        if checkpoint is not None:
+            pace.take_up(checkpoint)
+
+    rate: float | None
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        self.pace.begin_step(self._channel.elapsed_seconds())
+        factor, scale = self.pace.rate_factor(), self._limits.rate_scale
+        if factor is None and scale == 1.0:
+            return
+        planned = lr_scheduler.get_last_lr()[0] if factor is None else self._highest * factor
+        self.rate = scale * planned
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        elapsed = self._channel.elapsed_seconds()
+        self.pace.end_step(state.global_step, elapsed)
+        minutes = self._limits.save_minutes
+        if minutes is not None and elapsed - self._saved >= 60 * minutes:
+            control.should_save = True
+        if self.pace.ended:
+            control.should_training_stop = True
+        if self._channel.parked:
+            control.should_save = control.should_training_stop = True
+
+    def raise_if_parked(self, steps: int) -> None:
+        """After the run, which made `steps`: unless it had come to its end all the same."""
+        if self._channel.parked and steps < self.pace.planned_steps and not self.pace.ended:
+            raise Parked(f"the trainer was told to give the machine back, after step {steps}")
+
+    def keep(self, checkpoint: Path) -> None:
+        self._saved = self._channel.elapsed_seconds()
+        self.pace.keep(checkpoint)

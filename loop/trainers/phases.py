@@ -1,0 +1,214 @@
+"""What a method trains, in which order: one phase, or supervised fine-tuning before preferences.
+
+A finished phase leaves its weights and, last, a marker: a killed run goes on in the phase where it stood.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save
+
+from loop.digests import write_durably
+from loop.trainers.checkpoints import CHECKPOINTS, phase_folder
+from loop.trainers.memory import RunMemory
+from loop.trainers.planned_run import Trained
+from loop.trainers.preference_loop import Objective, Preferences, step_tokens, train_preferences
+from loop.trainers.preference_rows import Unit, pair_units, plan_units, read_pairs, read_thumbs, thumb_units
+from loop.trainers.progress import Channel, Relay
+from loop.trainers.rows import Example, plan_batches
+from loop.trainers.sft_loop import train
+from loop.trainers.spec import BadRows, Progress, TrainSpec
+
+WEIGHTS, MARKER = "adapter_state.safetensors", "finished.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised: the rows of train.jsonl (labels and replay), and the units that the method needs."""
+
+    rows: Sequence[Example]
+    units: Sequence[Unit] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens."""
+        return max(len(row.tokens) for row in (*self.rows, *(row for unit in self.units for row in unit.rows)))
+
+    @property
+    def examples(self) -> int:
+        return len(self.rows) + len(self.units)
+
+
+@dataclass(frozen=True)
+class Phase:
+    objective: str  # sft, dpo, orpo or kto
+    steps: int
+    tokens: int  # of all steps, padding not counted
+
+
+def preference_units(spec: TrainSpec, tokenizer: Any, stop_ids: frozenset[int]) -> list[Unit]:
+    """Of the method's kind; none for sft."""
+    if spec.method == "sft":
+        return []
+    length = spec.lengths.max_length
+    if spec.method == "kto":
+        units = thumb_units(read_thumbs(spec.data_dir), tokenizer, stop_ids, length)
+    else:
+        units = pair_units(read_pairs(spec.data_dir), tokenizer, stop_ids, length)
+    if not units:
+        what = "thumbs" if spec.method == "kto" else "pairs"
+        raise BadRows(f"{spec.data_dir} holds no {what}, which method {spec.method!r} trains on")
+    return units
+
+
+def phases(spec: TrainSpec, data: Data) -> list[Phase]:
+    """kto is preceded by sft where there are corrections: thumbs say nothing of them, and they would be forgotten."""
+    labels = any(not row.replay for row in data.rows)
+    supervised = Phase("sft", *_size([sum(len(data.rows[n].tokens) for n in step) for step in _sft_plan(spec, data)]))
+    if spec.method == "sft":
+        return [supervised]
+    objective = _objective(spec.method.rpartition("+")[2])
+    preferences = Preferences(objective, data.units, _replay(data))
+    plan = plan_units(data.units, preferences.replay, spec.schedule, spec.seed)
+    preferring = Phase(objective, *_size([step_tokens(preferences, step) for step in plan]))
+    return [supervised, preferring] if spec.method == "sft+dpo" or (objective == "kto" and labels) else [preferring]
+
+
+def _size(tokens: Sequence[int]) -> tuple[int, int]:
+    """Steps, and the tokens of all of them."""
+    return len(tokens), sum(tokens)
+
+
+def _objective(name: str) -> Objective:
+    return next(known for known in get_args(Objective) if known == name)
+
+
+def train_phases(
+    spec: TrainSpec,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    run_digest: str,
+    channel: Channel,
+    memory: RunMemory | None = None,
+) -> Trained:
+    """The last phase's outcome; steps, tokens and seconds are of all. `memory`: of supervised fine-tuning alone."""
+    planned = phases(spec, data)
+    total = sum(phase.steps for phase in planned)
+    done: list[Trained] = []
+    for number, phase in enumerate(planned):
+        last = number == len(planned) - 1
+        before = sum(one.steps for one in planned[:number])
+        own = _phase_spec(spec, planned, number, channel.elapsed_seconds())
+        trained = None if last else _finished(own.out_dir, run_digest, model)
+        if trained is None:
+            told = Relay(channel, partial(_counted, phase=phase, before=before, total=total))
+            trained = _train(own, phase, model, tokenizer, data, run_digest, told, memory)
+        if not last:
+            _finish(own.out_dir, run_digest, trained)
+        done.append(trained)
+    return replace(
+        done[-1],
+        steps=sum(one.steps for one in done),
+        tokens=sum(one.tokens for one in done),
+        seconds=round(sum(one.seconds for one in done), 3),
+        planned_steps=total,
+        time_limited=any(one.time_limited for one in done),
+        peak_memory_bytes=max(one.peak_memory_bytes for one in done),
+    )
+
+
+def _train(
+    spec: TrainSpec,
+    phase: Phase,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    run_digest: str,
+    channel: Channel,
+    memory: RunMemory | None,
+) -> Trained:
+    if phase.objective == "sft":
+        return train(spec, model, tokenizer, list(data.rows), run_digest, channel, memory)
+    preferences = Preferences(_objective(phase.objective), data.units, _replay(data))
+    return train_preferences(spec, model, tokenizer, preferences, run_digest, channel)
+
+
+def _phase_spec(spec: TrainSpec, planned: Sequence[Phase], number: int, elapsed: float) -> TrainSpec:
+    """Each phase keeps its checkpoints apart; only the last one finishes on the served base, and has all of the time.
+
+    An earlier one may take as much of the time that is left as it has of the tokens that are left.
+    """
+    if len(planned) == 1:
+        return spec
+    before = sum(phase.steps for phase in planned[:number])
+    out_dir = phase_folder(spec.out_dir, before, planned[number].objective)
+    if number == len(planned) - 1:
+        return spec.model_copy(update={"out_dir": out_dir})
+    limits = spec.limits
+    if limits.seconds is not None:
+        share = planned[number].tokens / sum(phase.tokens for phase in planned[number:])
+        limits = limits.model_copy(update={"seconds": elapsed + share * max(limits.seconds - elapsed, 0.0)})
+    schedule = spec.schedule.model_copy(update={"finish_share": 0.0})
+    return spec.model_copy(update={"schedule": schedule, "out_dir": out_dir, "limits": limits})
+
+
+def _replay(data: Data) -> list[Example]:
+    return [row for row in data.rows if row.replay]
+
+
+def _sft_plan(spec: TrainSpec, data: Data) -> list[list[int]]:
+    lengths = [len(row.tokens) for row in data.rows]
+    return plan_batches(lengths, spec.schedule, spec.seed, [row.replay for row in data.rows]) if lengths else []
+
+
+def _finish(folder: Path, run_digest: str, trained: Trained) -> None:
+    """In float32, as it was trained; then the marker, then the checkpoints may go."""
+    weights = {
+        name: weight.detach().cpu().contiguous() for name, weight in get_peft_model_state_dict(trained.model).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / WEIGHTS, save(weights))
+    told = {name: value for name, value in vars(trained).items() if isinstance(value, int | float | str)}
+    write_durably(folder / MARKER, json.dumps({"run_digest": run_digest, "trained": told}).encode())
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _finished(folder: Path, run_digest: str, model: Any) -> Trained | None:
+    """What the phase left, its weights in `model`; None where it has not finished, or only for other rows."""
+    if not (folder / MARKER).exists():
+        return None
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if marker["run_digest"] != run_digest:
+        return None
+    put_weights(model, folder / WEIGHTS)
+    return Trained(model=model, **marker["trained"])
+
+
+def put_weights(model: Any, path: Path) -> None:
+    """An adapter's weights into the model's own, in float32."""
+    weights = {name: weight.float() for name, weight in load_file(path).items()}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    with torch.no_grad():
+        set_peft_model_state_dict(model, weights)
+
+
+def _counted(progress: Progress, phase: Phase, before: int, total: int) -> Progress:
+    """Steps and time left of all phases: the later ones at the speed of this one."""
+    step, here = progress.step + before, progress.total_steps - progress.step
+    seconds = progress.seconds_left
+    if total > before + progress.total_steps:
+        seconds = None if seconds is None or not here else round(seconds * (total - step) / here, 1)
+    counted = {"step": step, "total_steps": total, "seconds_left": seconds, "objective": phase.objective}
+    return progress.model_copy(update=counted)

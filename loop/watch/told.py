@@ -1,0 +1,58 @@
+"""What a night's report says of its training and of what it cost, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ALARMS_TOLD = 10
+
+
+def training_lines(training: Mapping[str, Any]) -> list[str]:
+    """Nothing where nothing happened; `training` is the trainer's result with the watch's."""
+    lines = []
+    if training.get("time_limited"):
+        lines.append(
+            f"**limited by time**: {training['steps']} of {training['planned_steps']} planned steps, the learning rate "
+            "brought down before the end; raise trainer.hours_allowed for the rest"
+        )
+    if training.get("roll_backs"):
+        lines.append(f"rolled back {training['roll_backs']} times; learning rate x {training.get('rate_scale', 1):g}")
+    if training.get("restarts"):
+        lines.append(f"the trainer was started again {training['restarts']} times")
+    raised = [alarm for alarm in training.get("alarms", ()) if not alarm["over"]]
+    for alarm in raised[:ALARMS_TOLD]:
+        at = f" at step {alarm['step']}" if alarm.get("step") else ""
+        lines.append(f"alarm {alarm['kind'].replace('_', ' ')}{at} ({alarm['action']}): {alarm['message']}")
+    if len(raised) > ALARMS_TOLD:
+        lines.append(f"{len(raised) - ALARMS_TOLD} more alarms: the night's events have all")
+    return [*lines, *training.get("notes", ())]
+
+
+def cost_lines(cost: Mapping[str, Any]) -> list[str]:
+    """Only what is known."""
+    whole = _quantities(cost.get("gpu_minutes"), cost.get("energy_wh"), cost.get("money"), cost.get("currency", ""))
+    if not whole:
+        return []
+    lines = ["", f"Measured: {whole}."]
+    for name, of in (("label", "labels"), ("fixed prompt", "fixed")):
+        share = cost.get("per_label" if name == "label" else "per_fixed") or {}
+        told = _quantities(
+            share.get("gpu_minutes"), share.get("energy_wh"), share.get("money"), cost.get("currency", "")
+        )
+        if told:
+            lines.append(f"A {name} ({cost[of]}): {told}.")
+    return lines
+
+
+def _quantities(
+    gpu_minutes: float | None = None, energy_wh: float | None = None, money: float | None = None, currency: str = ""
+) -> str:
+    parts = []
+    if gpu_minutes is not None:
+        parts.append(f"{gpu_minutes:.3g} GPU minutes")
+    if energy_wh is not None:
+        parts.append(f"{energy_wh:.3g} Wh while training")
+    if money is not None:
+        parts.append(f"{money:.3g} {currency}")
+    return ", ".join(parts)

@@ -1,0 +1,98 @@
+"""The typed recipe as axolotl's YAML, and what the preflight says where axolotl would do something else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loop.outputs import Delta
+from loop.preflight.finding import PreflightFailed
+from loop.preflight.recipe import backend_can
+from loop.settings import ProjectSettings, TrainerSettings
+from loop.trainers.axolotl_config import render
+from loop.trainers.spec import TrainSpec
+from loop.trainers.spec import render as render_spec
+from tests.conftest import ROOT
+
+PYTHON = ROOT / ".venv-axolotl" / "bin" / "python"
+VALIDATE = """
+import json, sys
+from axolotl.utils.schemas.config import AxolotlInputConfig
+for config in json.load(sys.stdin):
+    known = set(AxolotlInputConfig.model_fields)
+    AxolotlInputConfig.model_validate(config)
+    print(json.dumps(sorted(set(config) - known)))
+"""
+
+
+def _spec(folder: Path, method: str = "sft", **recipe: Any) -> TrainSpec:
+    settings = TrainerSettings(backend="axolotl", python="/p", replay_loss="ce", **recipe)
+    places = {"base_dir": folder, "data_dir": folder, "out_dir": folder}
+    return render_spec(settings, **places, base_name="b", base_digest="d", method=method)  # type: ignore[arg-type]  # a method
+
+
+def _delta(method: str = "sft", base_rows: int = 9) -> Delta:
+    return Delta.model_validate(
+        {
+            **{"data_dir": "/d", "digest": "x", "label_ids": (), "label_rows": 1, "replay_rows": 0},
+            **{"base_rows": base_rows, "held_out_items": 0, "method": method},
+        }
+    )
+
+
+def _project(**recipe: Any) -> ProjectSettings:
+    return ProjectSettings(name="app", base_dir=Path("/b"), base_name="base", trainer=TrainerSettings(**recipe))
+
+
+def test_nothing_of_the_recipe_is_lost_on_the_way(tmp_path: Path) -> None:
+    """Names of axolotl's, values of ours; rows neither packed nor cut, in our order."""
+    recipe: dict[str, Any] = {"rank": 3, "alpha": 5, "learning_rate": 0.5, "batch_size": 6, "seed": 7, "max_length": 99}
+    config = render(_spec(tmp_path, scheduler="constant", **recipe), tmp_path, steps=11, on_gpu=False)
+    assert (config["lora_r"], config["lora_alpha"], config["adapter"], config["load_in_4bit"]) == (3, 5, "qlora", True)
+    assert (config["learning_rate"], config["micro_batch_size"], config["max_steps"]) == (0.5, 6, 11)
+    assert (config["seed"], config["sequence_len"], config["lr_scheduler"]) == (7, 99, "constant_with_warmup")
+    assert (config["sample_packing"], config["curriculum_sampling"]) == (False, True)
+    assert config["excess_length_strategy"] == "raise"
+    assert config["datasets"][0]["type"] is None
+    assert config["bf16"] is False
+
+
+def test_preferences_have_their_own_rate_and_half_the_batch(tmp_path: Path) -> None:
+    """And beta, and the weights of thumbs."""
+    recipe: dict[str, Any] = {"preference_beta": 0.3, "preference_learning_rate": 1e-5, "batch_size": 6}
+    dpo = render(_spec(tmp_path, "dpo", **recipe), tmp_path, steps=2, on_gpu=True)
+    assert (dpo["rl"], dpo["rl_beta"], dpo["learning_rate"], dpo["micro_batch_size"]) == ("dpo", 0.3, 1e-5, 3)
+    assert dpo["bf16"] == "auto"
+    kto = render(_spec(tmp_path, "kto"), tmp_path, steps=2, on_gpu=True, kto_weights=(1.0, 4.0))
+    assert (kto["kto_desirable_weight"], kto["kto_undesirable_weight"]) == (1.0, 4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason="`make axolotl` has not been run")
+def test_axolotls_own_schema_takes_every_configuration(tmp_path: Path) -> None:
+    """And knows every key that we write: a mistyped one would be left unread."""
+    specs = [_spec(tmp_path, method, scheduler=s) for method in ("sft", "dpo", "kto") for s in ("one_cycle", "cosine")]
+    configs = [render(spec, tmp_path, steps=3, on_gpu=False) for spec in specs]
+    asked = subprocess.run(
+        [str(PYTHON), "-c", VALIDATE], input=json.dumps(configs), capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr[-2000:]
+    assert [line for line in asked.stdout.splitlines() if line.startswith("[")] == ["[]"] * len(configs)
+
+
+def test_the_preflight_refuses_what_would_be_another_training() -> None:
+    """With each setting that would do; what is only unused is told, and the default backend does all."""
+    with pytest.raises(PreflightFailed, match="no KL to the base") as refused:
+        backend_can(_project(backend="axolotl", python="/p"), _delta())
+    assert 'replay_loss = "ce"' in refused.value.hint
+    with pytest.raises(PreflightFailed, match="starts from the base"):
+        backend_can(_project(backend="axolotl", python="/p", replay_loss="ce", start="current"), _delta())
+    with pytest.raises(PreflightFailed, match="takes no replay rows"):
+        backend_can(_project(backend="axolotl", python="/p"), _delta("kto"))
+    (finding,) = backend_can(_project(backend="axolotl", python="/p", replay_loss="ce"), _delta())
+    assert "finish_share = 0.25 is not used" in finding.text
+    assert backend_can(_project(method="sft+dpo", start="current"), _delta("sft+dpo")) == []
