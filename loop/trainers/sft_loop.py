@@ -23,7 +23,9 @@ from trl import SFTConfig, SFTTrainer
 from labeling.errors import NightschoolError
 from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
+from loop.trainers.checkpointing import ensure, ready
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
+from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
 from loop.trainers.packing import Layout, choose
@@ -66,6 +68,7 @@ class RetentionTrainer(SFTTrainer):
     ) -> None:
         self._spec, self._plan, self._batches, self._base, self._amp = spec, plan, batches, base, amp
         super().__init__(**rest)
+        self._late = late_log_for(self.model.device)
         # trl casts the adapter of a quantised model to bfloat16, whose 8 bits swallow the small steps of a late
         # schedule: weights and optimizer stay in float32, products run in bfloat16.
         for weight in self.model.parameters():
@@ -81,10 +84,13 @@ class RetentionTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, list[Part]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a step's parts; the loss stays on the device, where nobody waits for it."""
         self._base.for_step(model, self.state.global_step)
-        return self._train_on(model, inputs["parts"])
+        loss = self._train_on(model, inputs["parts"])
+        self._tell_late()  # of the step before: the device is busy with this one
+        return loss
 
     def _train_on(self, model: Any, parts: list[Part]) -> torch.Tensor:
-        model.train()
+        if not model.training:  # else thousands of modules would be told so in every step
+            ready(model)
         total = torch.zeros((), device=model.device)
         for part in parts:
             loss = self.compute_loss(model, part.to(model.device))
@@ -98,15 +104,41 @@ class RetentionTrainer(SFTTrainer):
         base = self._base.of(model, inputs.held_rows)
         return retention_loss(model, inputs, self._amp, base, self._spec.schedule.kl_weight)
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *others: Any, learning_rate: float | None = None, **named: Any
+    ) -> None:
+        """A step that ends in a checkpoint, or is the last, is waited for: it must not be kept if it has gone wrong."""
+        control = self.control
+        if self._late is None or not control.should_log or control.should_save or control.should_training_stop:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate, **named)
+            return
+        self._late.keep(tr_loss, grad_norm, learning_rate)
+        tr_loss.zero_()
+        self._globalstep_last_logged, control.should_log = self.state.global_step, False
+
+    def _tell_late(self) -> None:
+        logs = self._late.take() if self._late else None
+        if logs:
+            self.log(logs)
+
     def try_heaviest(self) -> None:
         """The batch that needs most memory goes first, without a step: out of memory shows in the first minute."""
         made = self._batches
         self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
 
+    def _try_shortest(self) -> None:
+        lengths = self._batches.lengths
+        self._train_on(self.model, self._batches([min(range(len(lengths)), key=lengths.__getitem__)]))
+        self.model.zero_grad()
+
     def find_room(self, memory: RunMemory | None) -> None:
         """The heaviest part first, in smaller parts after a near miss. Where memory runs out the process ends: what it
         leaves is in pieces, and another one, started afresh, takes the next plan."""
+        ready(self.model)
+        done = ensure(self.model, self._spec.memory.checkpointing, self._try_shortest)
+        if done and memory is not None:
+            memory.note(done)
         while True:
             forget_peak()
             self.try_heaviest()
@@ -125,7 +157,7 @@ class Reporter(TrainerCallback):
         self._channel, self._tokens, self._run_digest = channel, tokens, run_digest
         self._since = time.monotonic()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -136,6 +168,7 @@ class Reporter(TrainerCallback):
         if not math.isfinite(logs["grad_norm"]):
             raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
         self._channel.mark("first_step")
+        since, self._since = self._since, time.monotonic()
         self._channel.step(
             Progress(
                 step=state.global_step,
@@ -143,7 +176,7 @@ class Reporter(TrainerCallback):
                 loss=logs["loss"],
                 grad_norm=logs["grad_norm"],
                 learning_rate=logs["learning_rate"],
-                tokens_per_s=self._tokens[state.global_step - 1] / (time.monotonic() - self._since),
+                tokens_per_s=self._tokens[state.global_step - 1] / (self._since - since),
                 memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes(),
                 elapsed_s=self._channel.elapsed_seconds(),
             )

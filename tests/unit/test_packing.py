@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -170,6 +171,38 @@ def test_an_attention_that_ignores_boundaries_is_found_out(monkeypatch: pytest.M
     assert model.get_base_model().config._attn_implementation != varlen_attention.NAME
     monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the second look: not as they come out alone
     assert "otherwise than alone" in choose("auto", model, AMP).reason
+
+
+def _rounding(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
+    """Attention as another kernel would round it: scores and weights in bfloat16, each row by itself."""
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    rows = []
+    for start, end in pairwise(given.get("cu_seq_lens_q", torch.tensor([0, query.shape[2]])).tolist()):
+        scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) / query.shape[-1] ** 0.5
+        hidden = torch.full(scores.shape[2:], float("-inf"), dtype=scores.dtype).triu(1)
+        rows.append((scores + hidden).softmax(-1) @ value[:, :, start:end])
+    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_a_deep_models_rounding_is_no_leak(leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 layers in bfloat16: further off than shallow ones may be, by rounding alone; a leak is still found."""
+    amp = Amp("cpu", torch.bfloat16)
+    model = _model(num_hidden_layers=32, initializer_range=0.3, hidden_size=96, num_attention_heads=6).to(amp.dtype)
+    seen = []
+    away = packing._away
+    monkeypatch.setattr(packing, "_away", lambda *given: seen.append(away(*given)) or seen[-1])
+    monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the other look would find a leak first
+    monkeypatch.setattr(
+        varlen_attention,
+        "attend",
+        (lambda *states, cu_seq_lens_q, **given: _rounding(*states)) if leaks else _rounding,
+    )
+    layout = choose("auto", model, amp)
+    rounding, stray, _ = seen
+    assert rounding > packing.STRAY / packing.STRAY_TIMES
+    assert stray > packing.STRAY
+    assert layout.packed is not leaks, (layout, seen)
 
 
 def test_a_packed_model_never_attends_without_boundaries() -> None:
