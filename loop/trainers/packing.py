@@ -44,10 +44,11 @@ class PackingRefused(InvalidInput):
 
 @dataclass(frozen=True)
 class Layout:
-    """`packed` or not, and the reason where it is not."""
+    """`packed` or not, and the reason where it is not. `even`: rows of one length may go unpacked all the same."""
 
     packed: bool
     reason: str = ""
+    even: bool = False
 
 
 def choose(wanted: Literal["auto", "on", "off"], model: Any, amp: Amp) -> Layout:
@@ -56,9 +57,11 @@ def choose(wanted: Literal["auto", "on", "off"], model: Any, amp: Amp) -> Layout
         return Layout(False, 'trainer.packing = "off"')
     config = model.get_base_model().config.get_text_config()
     reason = unsafe_by_config(config) or _unsafe_by_trial(model, config, amp)
-    if reason and wanted == "on":
+    if not reason:
+        return Layout(True, even=_takes_unpacked(model, config, amp))
+    if wanted == "on":
         raise PackingRefused(f"rows can't be packed with this base: {reason}")
-    return Layout(not reason, reason)
+    return Layout(False, reason)
 
 
 def unsafe_by_config(config: Any) -> str:
@@ -106,6 +109,15 @@ def _unsafe_by_trial(model: Any, config: Any, amp: Amp) -> str:
     if reason:
         model.get_base_model().set_attn_implementation(before)
     return reason
+
+
+def _takes_unpacked(model: Any, config: Any, amp: Amp) -> bool:
+    """Ours refuses a sequence without boundaries; Unsloth's layers take either."""
+    try:
+        _states(model, _trial(config, packed=False)[0], amp)
+    except varlen_attention.NoBoundaries:
+        return False
+    return True
 
 
 def _differences(alone: torch.Tensor, packed: torch.Tensor, touched: torch.Tensor, rounding: float) -> str:

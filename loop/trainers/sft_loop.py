@@ -25,7 +25,7 @@ from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
 from loop.trainers.checkpointing import ensure, ready
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
-from loop.trainers.late_log import late_log_for
+from loop.trainers.late_log import SECONDS, late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
 from loop.trainers.packing import Layout, choose
@@ -109,12 +109,13 @@ class RetentionTrainer(SFTTrainer):
     ) -> None:
         """A step that ends in a checkpoint, or is the last, is waited for: it must not be kept if it has gone wrong."""
         control = self.control
-        if self._late is None or not control.should_log or control.should_save or control.should_training_stop:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate, **named)
-            return
-        self._late.keep(tr_loss, grad_norm, learning_rate)
-        tr_loss.zero_()
-        self._globalstep_last_logged, control.should_log = self.state.global_step, False
+        if self._late is not None and control.should_log:
+            self._late.keep(tr_loss, grad_norm, learning_rate)
+            tr_loss.zero_()
+            self._globalstep_last_logged, control.should_log = self.state.global_step, False
+            if control.should_save or control.should_training_stop:
+                self._tell_late()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate, **named)
 
     def _tell_late(self) -> None:
         logs = self._late.take() if self._late else None
@@ -169,6 +170,7 @@ class Reporter(TrainerCallback):
             raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
         self._channel.mark("first_step")
         since, self._since = self._since, time.monotonic()
+        seconds = logs.get(SECONDS, self._since - since)
         self._channel.step(
             Progress(
                 step=state.global_step,
@@ -176,7 +178,7 @@ class Reporter(TrainerCallback):
                 loss=logs["loss"],
                 grad_norm=logs["grad_norm"],
                 learning_rate=logs["learning_rate"],
-                tokens_per_s=self._tokens[state.global_step - 1] / (self._since - since),
+                tokens_per_s=self._tokens[state.global_step - 1] / seconds,
                 memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes(),
                 elapsed_s=self._channel.elapsed_seconds(),
             )
@@ -208,6 +210,7 @@ def train(
         pad_id=tokenizer.pad_token_id or 0,
         hold=spec.schedule.replay_loss == "kl",
         packed=layout.packed,
+        even=layout.even,
         at_once=spec.lengths.at_once,
     )
     base = BaseStates(batches, plan, amp, anew=[_finish_at(spec, len(plan))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loop.trainers import sft_loop
+from loop.trainers import late_log, sft_loop
 from loop.trainers.late_log import LateLog
 from loop.trainers.rows import Example
 from loop.trainers.spec import Progress, TrainSpec
@@ -75,6 +76,14 @@ def test_late_lines_are_the_same_lines(tmp_path: Path, late: None, monkeypatch: 
         line.model_dump(exclude=clock) for line in wanted.lines
     ]
     assert len({line.loss for line in got.lines}) == STEPS
+
+
+def test_speed_is_a_steps_own(tmp_path: Path, late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the end of the step before, not from line to line: the last line comes as soon as the step is done."""
+    ends = iter([10.0, 12.0, 16.0, 17.0, 17.5])
+    monkeypatch.setattr(late_log, "time", SimpleNamespace(monotonic=lambda: next(ends)))
+    told = _train(tmp_path)
+    assert [line.tokens_per_s for line in told.lines[1:]] == [16 / 2, 16 / 4, 16 / 1, 16 / 0.5]
 
 
 def test_a_step_is_told_before_it_is_kept(tmp_path: Path, late: None) -> None:

@@ -173,6 +173,38 @@ def test_an_attention_that_ignores_boundaries_is_found_out(monkeypatch: pytest.M
     assert "otherwise than alone" in choose("auto", model, AMP).reason
 
 
+def test_rows_of_one_length_go_unpacked_where_the_model_takes_both() -> None:
+    """There is no padding to save; the step is the same, and ours, which would refuse them, stays packed."""
+    rows = [Example(str(row), tuple(range(row + 1, row + 13)), 6, replay=False) for row in range(3)]
+    model = _model()
+    found = []
+    for even in (True, False):
+        (part,) = Batches(rows, pad_id=0, hold=False, packed=True, even=even)(range(3))
+        assert (part.starts is None) is even
+        assert part.input_ids.shape == ((3, 12) if even else (1, 36))
+        model = _model()
+        if not even:
+            assert choose("on", model, AMP).even is False
+        found.append(retention_loss(model, part, AMP, None, 1.0).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    rows[0] = Example("0", rows[0].tokens[:-1], 6, replay=False)
+    (part,) = Batches(rows, pad_id=0, hold=False, packed=True, even=True)(range(3))
+    assert part.starts is not None
+
+
+def test_a_model_that_takes_both_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Unsloth's layers, which attend as they always do where they are told no boundaries."""
+    attend = varlen_attention.attend
+
+    def either(module: Any, *states: Any, **given: Any) -> Any:
+        if given.get("cu_seq_lens_q") is None:
+            given |= {"cu_seq_lens_q": torch.tensor([0, states[0].shape[2]], dtype=torch.int32)}
+        return attend(module, *states, **given)
+
+    monkeypatch.setattr(varlen_attention, "attend", either)
+    assert choose("auto", _model(), AMP) == packing.Layout(True, even=True)
+
+
 def _rounding(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
     """Attention as another kernel would round it: scores and weights in bfloat16, each row by itself."""
     key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
