@@ -1,6 +1,6 @@
 """Training on a GPU, measured through the product's own path; each figure beside its bar. See docs/packing.md.
 
-    python deploy/gpu-bench/bench.py [--only check,qlora,chats,small,profile] [--minutes 9] [--out DIR] [--tiny]
+    python deploy/gpu-bench/bench.py [--only check,qlora,…] [--minutes 9] [--out DIR] [--tiny]
 
 One JSON line a figure on stdout and in DIR/figures.jsonl. `--tiny` runs all of it on a CPU, with peft and a model of
 two small layers: the figures then mean nothing.
@@ -140,6 +140,23 @@ def qlora(b: Bench) -> Part:
     yield from (ours, bare, hf_checkpointing, bf16, hf_best)
 
 
+def checkpointing(b: Bench) -> Part:
+    """What recomputing costs and saves: the same rows with it, and twice as many without."""
+    length, steps = (64, 6) if b.tiny else (4096, 10)
+    whole = {"prompt_share": 0.005}
+
+    def on() -> None:
+        b.train("checkpointing-on", "8b", [length] * 20, steps, 2, **whole, memory={"checkpointing": "on"})
+
+    def offload() -> None:
+        b.train("checkpointing-offload", "8b", [length] * 20, steps, 2, **whole, memory={"checkpointing": "offload"})
+
+    def more() -> None:
+        b.train("four-rows", "8b", [length] * 40, steps, 4, **whole, memory={"checkpointing": "off"})
+
+    yield from (on, offload, more)
+
+
 def chats(b: Bench) -> Part:
     """Short chats: packed, padded as they come, padded in buckets; the same rows in every step."""
     batch, steps = (4, 6) if b.tiny else (32, 14)
@@ -204,7 +221,14 @@ def profile(b: Bench) -> Part:
     yield from (large, chat, tiny)
 
 
-PARTS = {"check": check, "qlora": qlora, "chats": chats, "small": small, "profile": profile}
+PARTS = {
+    "check": check,
+    "qlora": qlora,
+    "checkpointing": checkpointing,
+    "chats": chats,
+    "small": small,
+    "profile": profile,
+}
 
 
 def main() -> int:

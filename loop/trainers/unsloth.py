@@ -51,9 +51,10 @@ def load(spec: TrainSpec, longest: int) -> Any:
     from unsloth import FastLanguageModel
     from unsloth.utils.packing import mark_allow_overlength
 
-    from loop.trainers.varlen_attention import use_in_unsloth
+    from loop.trainers import unsloth_products, varlen_attention
 
-    use_in_unsloth()
+    varlen_attention.use_in_unsloth()
+    unsloth_products.use_in_unsloth()
     model, _ = FastLanguageModel.from_pretrained(
         str(spec.base_dir),
         max_seq_length=longest,
