@@ -31,12 +31,16 @@ HELD_STATES = 256 * MIB  # of the base's hidden states that are prepared ahead f
 
 @dataclass(frozen=True)
 class Workload:
-    """One step's largest micro-batch: `tokens` in all, in rows of at most `length`, `scored` of them under the loss."""
+    """One step's largest micro-batch: `tokens` in all, in rows of at most `length`, `scored` of them under the loss.
+
+    Memory is that of the worst batch, speed of a usual one: `usual` is the mean row's length to the longest one's.
+    """
 
     tokens: int
     length: int
     scored: int
     replay_scored: int = 0  # of these, held to the base by KL: their log-probabilities under the base are kept
+    usual: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def heaviest_batch(sizes: Sequence[RowSize], batch_size: int) -> Workload:
     answers = sorted((size.answer for size in sizes), reverse=True)[:batch_size]
     held = sorted((size.answer for size in sizes if size.replay), reverse=True)[:batch_size]
     rows = min(batch_size, len(sizes))
-    return Workload(tokens=rows * longest, length=longest, scored=sum(answers), replay_scored=sum(held))
+    usual = sum(size.tokens for size in sizes) / (len(sizes) * longest)
+    return Workload(rows * longest, longest, sum(answers), sum(held), usual)
 
 
 def row_sizes(rows: Sequence[Row], base_dir: Path, max_length: int) -> list[RowSize]:

@@ -1,6 +1,6 @@
 """Training on a GPU, measured through the product's own path; each figure beside its bar. See docs/packing.md.
 
-    python deploy/gpu-bench/bench.py [--only check,qlora,chats,small,profile] [--minutes 9] [--out DIR] [--tiny]
+    python deploy/gpu-bench/bench.py [--only check,qlora,…] [--minutes 9] [--out DIR] [--tiny]
 
 One JSON line a figure on stdout and in DIR/figures.jsonl. `--tiny` runs all of it on a CPU, with peft and a model of
 two small layers: the figures then mean nothing.
@@ -65,7 +65,7 @@ class Bench:
         asked = {
             "quantised": not self.tiny,
             "checkpointing": False,
-            "optimizer": "adamw_8bit",
+            "optimizer": "adamw",
             "batches": batches,
         } | asked
         loop = "hf" if self.tiny else loop
@@ -111,13 +111,13 @@ def check(b: Bench) -> Part:
 
 
 def qlora(b: Bench) -> Part:
-    """8B shape, rank 16 on all linear layers, rows of 4,096 tokens, two a step."""
+    """8B shape, rank 16 on all linear layers, rows of 4,096 tokens, two a step; the same optimizer for all."""
     length, steps = (64, 6) if b.tiny else (4096, 10)
     kept: dict[str, float] = {}
     whole = {"prompt_share": 0.005, "packing": "auto"}
 
     def ours() -> None:
-        run = b.train("qlora-nf4", "8b", [length] * 20, steps, 2, **whole, schedule={"optimizer": "adamw_8bit"})
+        run = b.train("qlora-nf4", "8b", [length] * 20, steps, 2, **whole)
         kept["nf4"] = run.tokens_per_s
         b.compare("product NF4, tokens/s", run.tokens_per_s, 15_000)
 
@@ -138,6 +138,23 @@ def qlora(b: Bench) -> Part:
         b.compare("product / transformers + peft at its best", kept["nf4"] / found["tokens_per_s"], 1.5)
 
     yield from (ours, bare, hf_checkpointing, bf16, hf_best)
+
+
+def checkpointing(b: Bench) -> Part:
+    """What recomputing costs and saves: the same rows with it, and twice as many without."""
+    length, steps = (64, 6) if b.tiny else (4096, 10)
+    whole = {"prompt_share": 0.005}
+
+    def on() -> None:
+        b.train("checkpointing-on", "8b", [length] * 20, steps, 2, **whole, memory={"checkpointing": "on"})
+
+    def offload() -> None:
+        b.train("checkpointing-offload", "8b", [length] * 20, steps, 2, **whole, memory={"checkpointing": "offload"})
+
+    def more() -> None:
+        b.train("four-rows", "8b", [length] * 40, steps, 4, **whole, memory={"checkpointing": "off"})
+
+    yield from (on, offload, more)
 
 
 def chats(b: Bench) -> Part:
@@ -204,7 +221,14 @@ def profile(b: Bench) -> Part:
     yield from (large, chat, tiny)
 
 
-PARTS = {"check": check, "qlora": qlora, "chats": chats, "small": small, "profile": profile}
+PARTS = {
+    "check": check,
+    "qlora": qlora,
+    "checkpointing": checkpointing,
+    "chats": chats,
+    "small": small,
+    "profile": profile,
+}
 
 
 def main() -> int:

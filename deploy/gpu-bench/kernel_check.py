@@ -1,4 +1,5 @@
-"""flash_varlen against attention one row at a time, with the 8B shape's grouped heads: output and gradients."""
+"""Kernels against torch's plain way: attention over packed rows (output and gradients, grouped heads of the 8B shape),
+and the loss of a chunk of logits."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch.nn import functional
 
+from loop.trainers.head_loss import AfterHead, answer_loss
 from loop.trainers.varlen_attention import attend
 
 STARTS = [0, 61, 200, 201, 600, 1024]
@@ -29,9 +31,29 @@ def main() -> int:
     slope = torch.randn_like(wanted)
     gradients = torch.autograd.grad((wanted * slope).sum(), given), torch.autograd.grad((found * slope).sum(), given)
     pairs = [("output", wanted, found), *zip(("query", "key", "value"), *gradients, strict=True)]
-    far = {name: round(float((one.float() - two.float()).norm() / one.float().norm()), 5) for name, one, two in pairs}
+    far = {
+        name: round(float((one.float() - two.float()).detach().norm() / one.float().detach().norm()), 5)
+        for name, one, two in pairs
+    }
+    far |= _head(device)
     sys.stdout.write(json.dumps(far | {"device": device, "bar": 0.02, "reached": max(far.values()) < 0.02}) + "\n")
     return 0 if max(far.values()) < 0.02 else 1
+
+
+def _head(device: str) -> dict[str, float]:
+    """The frozen head's loss and slope against autograd in float32; more words than a block, and not a multiple."""
+    head = torch.nn.Linear(256, 12_345, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    states = torch.randn(700, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(12_345, (700,), device=device)
+    with torch.no_grad():
+        head.weight[targets[:350]] += states[:350] / 12  # half of the targets are foretold
+    wanted = functional.cross_entropy(states.float() @ head.weight.float().t(), targets, reduction="sum")
+    found = answer_loss(states, head, AfterHead(), targets, None)
+    slopes = [torch.autograd.grad(loss, states)[0].float() for loss in (wanted, found)]
+    return {
+        "loss": round(abs(float((wanted - found).detach() / wanted.detach())), 5),
+        "loss's slope": round(float((slopes[0] - slopes[1]).norm() / slopes[0].norm()), 5),
+    }
 
 
 def _one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -53,10 +53,11 @@ def train(folder: Path, base: Path, backend: str, seconds: float, script: str = 
         raise RuntimeError(f"{lines[-1:]} {(folder / 'trainer.log').read_text()[-1500:]}")
     steps = [line for line in lines if "step" in line]
     batches = _plan(spec)
-    warm = min(WARM, len(steps) - 2)
-    taken = [later["elapsed_s"] - sooner["elapsed_s"] for sooner, later in pairwise(steps)][warm:]
-    told = [sum(tokens for tokens in batch) for batch in batches[1:]][warm:]
-    rows = [len(batch) for batch in batches[1:]][warm:]
+    warm = min(WARM, len(steps) - 3)
+    # On a GPU a step's line comes while the next one runs, but the last one's at once: between these two is less time.
+    taken = [later["elapsed_s"] - sooner["elapsed_s"] for sooner, later in pairwise(steps[:-1])][warm:]
+    told = [sum(tokens for tokens in batch) for batch in batches[1:-1]][warm:]
+    rows = [len(batch) for batch in batches[1:-1]][warm:]
     wall = time.monotonic() - started
     return Run(
         tokens_per_s=sum(told) / sum(taken),

@@ -1,6 +1,7 @@
 """What the product is measured against: bare loops with nothing but forward, backward, clip and step.
 
-    python rivals.py {hf|unsloth} BASE JSON     JSON: {quantised, checkpointing, batches: [[lengths]], optimizer}
+    python rivals.py {hf|unsloth} BASE JSON     JSON: {quantised, checkpointing, batches: [[lengths]],
+                                                optimizer: adamw | adamw_8bit}
 
 `hf` is transformers + peft + bitsandbytes; batches are padded to their longest row. One JSON line on stdout.
 """
@@ -66,8 +67,9 @@ def run(name: str, base: str, asked: dict[str, Any]) -> dict[str, Any]:
         from bitsandbytes.optim import AdamW8bit as Optimizer
     else:
         from torch.optim import AdamW as Optimizer  # type: ignore[assignment]
-    optimizer = Optimizer(weights, lr=1e-4)
     device = _device()
+    fused: dict[str, Any] = {} if asked["optimizer"] == "adamw_8bit" else {"fused": True}
+    optimizer = Optimizer(weights, lr=1e-4, **fused)
     seconds, tokens, first = [], [], 0.0
     for lengths in asked["batches"]:
         ids = torch.randint(3, 250, (len(lengths), max(lengths)), device=device)

@@ -43,12 +43,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes the parts of a step out of its rows' numbers. `hold`: replay rows are held to the base, not trained."""
+    """Makes the parts of a step out of its rows' numbers. `hold`: replay rows are held to the base, not trained.
+
+    `even`: rows of one length, or one row alone, go unpacked, where the model takes both: there is no padding to save.
+    """
 
     examples: Sequence[Example]
     pad_id: int
     hold: bool
     packed: bool = False
+    even: bool = False
     at_once: int | None = None  # tokens, padding included; a longer row goes alone
 
     def __call__(self, rows: Sequence[int]) -> list[Part]:
@@ -71,7 +75,8 @@ class Batches:
         """Trained rows first: what is trained and what is held are two slices then."""
         rows = sorted(rows, key=self._is_held)
         lengths = [self.lengths[row] for row in rows]
-        starts = [0, *accumulate(lengths)] if self.packed else [max(lengths) * row for row in range(len(rows))]
+        packed = self.packed and not (self.even and min(lengths) == max(lengths))
+        starts = [0, *accumulate(lengths)] if packed else [max(lengths) * row for row in range(len(rows))]
         at: list[int] = []
         targets: list[int] = []
         for row, start in zip(rows, starts, strict=False):
@@ -80,14 +85,14 @@ class Batches:
             if not self._is_held(row):
                 targets += example.tokens[example.answer_start :]
         part = Part(
-            input_ids=self._packed_ids(rows) if self.packed else self._padded_ids(rows, max(lengths)),
+            input_ids=self._packed_ids(rows) if packed else self._padded_ids(rows, max(lengths)),
             at=torch.tensor(at, dtype=torch.int64),
             targets=torch.tensor(targets, dtype=torch.int64),
             held_rows=tuple(row for row in rows if self._is_held(row)),
             total_targets=len(targets),
             total_held=len(at) - len(targets),
         )
-        if not self.packed:
+        if not packed:
             return part
         return replace(
             part,

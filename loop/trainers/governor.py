@@ -15,17 +15,16 @@ from loop.trainers.spec import TrainSpec
 class Governor(TrainerCallback):
     """Sets the rate before each step, on top of the planned schedule and never into it: a checkpoint holds the plan.
 
-    `rate` is what the last step was made with; None while the plan's own holds.
+    `rate_of` a step is what it was made with; None while the plan's own holds.
     """
 
     def __init__(self, pace: Pace, spec: TrainSpec, channel: Channel, checkpoint: Path | None) -> None:
-        self.pace, self.rate = pace, None
+        self.pace = pace
+        self._rates: dict[int, float] = {}  # of this step and the one before, counted from 1
         self._limits, self._highest, self._channel = spec.limits, spec.schedule.learning_rate, channel
         self._saved = channel.elapsed_seconds()
         if checkpoint is not None:
             pace.take_up(checkpoint)
-
-    rate: float | None
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
@@ -35,9 +34,14 @@ class Governor(TrainerCallback):
         if factor is None and scale == 1.0:
             return
         planned = lr_scheduler.get_last_lr()[0] if factor is None else self._highest * factor
-        self.rate = scale * planned
+        rate, step = scale * planned, state.global_step + 1
+        self._rates = {step: rate, **{old: kept for old, kept in self._rates.items() if old == step - 1}}
         for group in optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = rate
+
+    def rate_of(self, step: int) -> float | None:
+        """Of the last step (counted from 1) or the one before it: numbers may be told a step late."""
+        return self._rates.get(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         elapsed = self._channel.elapsed_seconds()

@@ -15,6 +15,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from loop.trainers.head_kernel import cross_entropy_
+except ModuleNotFoundError:  # no triton where there is no GPU
+    cross_entropy_ = None  # type: ignore[assignment]
+
 CHUNK_BYTES = 256 * 2**20  # of one chunk's logits in float32; about four times as much is alive at once
 TILE = 128  # rows: a matrix product of a few rows more costs as much as of a whole tile
 
@@ -41,6 +46,9 @@ class AfterHead:
         if self.cap:
             gradient *= 1 - (logits / self.cap) ** 2
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
+
+PLAIN = AfterHead()
 
 
 def answer_loss(
@@ -103,6 +111,11 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for rows in chunks(len(states), weight.shape[0]):
             logits = after(functional.linear(states[rows].to(weight.dtype), weight, bias))
+            if targets is not None and after == PLAIN and logits.is_cuda and cross_entropy_ is not None:
+                total += cross_entropy_(logits, targets[rows]).sum()
+                if gradient is not None:
+                    gradient[rows] = logits @ weight  # the slope by now
+                continue
             log_probs = _log_probs(logits)
             if targets is not None:
                 at = torch.arange(len(logits), device=logits.device), targets[rows]

@@ -71,6 +71,11 @@ class RunMemory:
         write_record(self._spec.out_dir, self._record)
         return True
 
+    def note(self, words: str) -> None:
+        """For the run's result."""
+        note = "; ".join(part for part in (self._record.note, words) if part)
+        self._record = self._record.model_copy(update={"note": note})
+
     def room(self) -> int:
         """Bytes of the budget that the run has not needed so far."""
         return self.plan.budget_bytes - peak_bytes()

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from labeling.errors import NightschoolError
 from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
 from loop.trainers.governor import Governor
+from loop.trainers.late_log import SECONDS
 from loop.trainers.pace import Pace
 from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
 from loop.trainers.served_base import FinishOnServedBase
@@ -74,14 +75,15 @@ class Reporter(TrainerCallback):
         if not math.isfinite(logs["grad_norm"]):
             raise Diverged(f"the gradient became {logs['grad_norm']} at step {state.global_step}")
         self._channel.mark("first_step")
+        rate = self._governor.rate_of(state.global_step)
         self._channel.step(
             Progress(
                 step=state.global_step,
                 total_steps=state.max_steps,
                 loss=logs["loss"],
                 grad_norm=logs["grad_norm"],
-                learning_rate=logs["learning_rate"] if self._governor.rate is None else self._governor.rate,
-                tokens_per_s=self._tokens[state.global_step - 1] / (time.monotonic() - self._since),
+                learning_rate=logs["learning_rate"] if rate is None else rate,
+                tokens_per_s=self._tokens[state.global_step - 1] / logs.get(SECONDS, time.monotonic() - self._since),
                 memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes(),
                 elapsed_s=self._channel.elapsed_seconds(),
                 seconds_left=self._governor.pace.seconds_left(state.global_step),

@@ -20,7 +20,9 @@ from trl import SFTConfig, SFTTrainer
 from labeling.errors import NightschoolError
 from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
+from loop.trainers.checkpointing import ensure, ready
 from loop.trainers.checkpoints import CHECKPOINTS
+from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
 from loop.trainers.packing import choose
@@ -43,6 +45,7 @@ class RetentionTrainer(SFTTrainer):
     ) -> None:
         self._spec, self._plan, self._batches, self._base, self._amp = spec, plan, batches, base, amp
         super().__init__(**rest)
+        self._late = late_log_for(self.model.device)
         # trl casts the adapter of a quantised model to bfloat16, whose 8 bits swallow the small steps of a late
         # schedule: weights and optimizer stay in float32, products run in bfloat16.
         for weight in self.model.parameters():
@@ -58,10 +61,13 @@ class RetentionTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, list[Part]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a step's parts; the loss stays on the device, where nobody waits for it."""
         self._base.for_step(model, self.state.global_step)
-        return self._train_on(model, inputs["parts"])
+        loss = self._train_on(model, inputs["parts"])
+        self._tell_late()  # of the step before: the device is busy with this one
+        return loss
 
     def _train_on(self, model: Any, parts: list[Part]) -> torch.Tensor:
-        model.train()
+        if not model.training:  # else thousands of modules would be told so in every step
+            ready(model)
         total = torch.zeros((), device=model.device)
         for part in parts:
             loss = self.compute_loss(model, part.to(model.device))
@@ -75,15 +81,42 @@ class RetentionTrainer(SFTTrainer):
         base = self._base.of(model, inputs.held_rows)
         return retention_loss(model, inputs, self._amp, base, self._spec.schedule.kl_weight)
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *others: Any, learning_rate: float | None = None, **named: Any
+    ) -> None:
+        """A step that ends in a checkpoint, or is the last, is waited for: it must not be kept if it has gone wrong."""
+        control = self.control
+        if self._late is not None and control.should_log:
+            self._late.keep(tr_loss, grad_norm, learning_rate)
+            tr_loss.zero_()
+            self._globalstep_last_logged, control.should_log = self.state.global_step, False
+            if control.should_save or control.should_training_stop:
+                self._tell_late()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, learning_rate=learning_rate, **named)
+
+    def _tell_late(self) -> None:
+        logs = self._late.take() if self._late else None
+        if logs:
+            self.log(logs)
+
     def try_heaviest(self) -> None:
         """The batch that needs most memory goes first, without a step: out of memory shows in the first minute."""
         made = self._batches
         self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
 
+    def _try_shortest(self) -> None:
+        lengths = self._batches.lengths
+        self._train_on(self.model, self._batches([min(range(len(lengths)), key=lengths.__getitem__)]))
+        self.model.zero_grad()
+
     def find_room(self, memory: RunMemory | None) -> None:
         """The heaviest part first, in smaller parts after a near miss. Where memory runs out the process ends: what it
         leaves is in pieces, and another one, started afresh, takes the next plan."""
+        ready(self.model)
+        done = ensure(self.model, self._spec.memory.checkpointing, self._try_shortest)
+        if done and memory is not None:
+            memory.note(done)
         while True:
             forget_peak()
             self.try_heaviest()
@@ -114,6 +147,7 @@ def train(
         pad_id=tokenizer.pad_token_id or 0,
         hold=spec.schedule.replay_loss == "kl",
         packed=layout.packed,
+        even=layout.even,
         at_once=spec.lengths.at_once,
     )
     base = BaseStates(batches, plan, amp, anew=[finish_at(spec, len(plan))])

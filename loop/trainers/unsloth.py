@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -33,10 +34,16 @@ def start() -> None:
     os.environ["UNSLOTH_RETURN_LOGITS"] = "0"
     if not torch.cuda.is_available():
         raise NoAccelerator("Unsloth needs a GPU and this machine has none")
+    # Imports make millions of objects that stay: looked through for garbage again and again, by every library that
+    # collects it while a model is loaded, they would cost half a second each time.
+    gc.disable()
     try:
         import unsloth  # noqa: F401
     except ModuleNotFoundError as error:
         raise NoUnsloth(f"this environment lacks {error.name}, which the unsloth backend needs") from None
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def load(spec: TrainSpec, longest: int) -> Any:
@@ -44,9 +51,10 @@ def load(spec: TrainSpec, longest: int) -> Any:
     from unsloth import FastLanguageModel
     from unsloth.utils.packing import mark_allow_overlength
 
-    from loop.trainers.varlen_attention import use_in_unsloth
+    from loop.trainers import unsloth_products, varlen_attention
 
-    use_in_unsloth()
+    varlen_attention.use_in_unsloth()
+    unsloth_products.use_in_unsloth()
     model, _ = FastLanguageModel.from_pretrained(
         str(spec.base_dir),
         max_seq_length=longest,

@@ -63,6 +63,30 @@ def test_estimates_hold_against_what_was_measured(
     assert work.tokens / seconds(setup, work, mode) == pytest.approx(speed, rel=0.1)
 
 
+# The same card through the trainer, packed: model, method, rows a step, mean and longest row, measured tokens a second.
+SHORT = (
+    ("8B", "qlora", 32, 178, 400, 14328),
+    ("8B", "qlora", 8, 175, 400, 6317),
+    ("135M", "lora", 16, 60, 60, 5993),
+    ("135M", "lora", 64, 60, 60, 23490),
+)
+
+
+@pytest.mark.parametrize(("model", "method", "rows", "mean", "longest", "speed"), SHORT)
+def test_short_rows_speed_is_a_usual_batchs(
+    model: str, method: Any, rows: int, mean: int, longest: int, speed: float
+) -> None:
+    """Within 10 %: no time goes into the padding of the worst batch, which is what memory is planned for."""
+    small = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    tied = {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+    shape = NAMED["8B"] if model == "8B" else shape_of(LLAMA | small | tied, "x")
+    lengths = [2 * mean - longest, longest] * (rows // 2)
+    batch = heaviest_batch([RowSize(tokens, round(0.7 * tokens), replay=False) for tokens in lengths], rows)
+    assert batch.tokens == rows * longest
+    plan = plan_for(Setup(shape, method=method), batch, "off", batch.tokens, 80 * GIB)
+    assert plan.tokens_per_s == pytest.approx(speed, rel=0.1)
+
+
 def test_parameters_are_the_models_own() -> None:
     """Against the published counts; an adapter against PEFT's for this shape (41,943,040)."""
     published = {"1B": 1.236e9, "3B": 3.213e9, "7B": 6.738e9, "8B": 8.030e9, "13B": 13.016e9, "32B": 32.76e9}

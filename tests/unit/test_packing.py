@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -170,6 +171,70 @@ def test_an_attention_that_ignores_boundaries_is_found_out(monkeypatch: pytest.M
     assert model.get_base_model().config._attn_implementation != varlen_attention.NAME
     monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the second look: not as they come out alone
     assert "otherwise than alone" in choose("auto", model, AMP).reason
+
+
+def test_rows_of_one_length_go_unpacked_where_the_model_takes_both() -> None:
+    """There is no padding to save; the step is the same, and ours, which would refuse them, stays packed."""
+    rows = [Example(str(row), tuple(range(row + 1, row + 13)), 6, replay=False) for row in range(3)]
+    model = _model()
+    found = []
+    for even in (True, False):
+        (part,) = Batches(rows, pad_id=0, hold=False, packed=True, even=even)(range(3))
+        assert (part.starts is None) is even
+        assert part.input_ids.shape == ((3, 12) if even else (1, 36))
+        model = _model()
+        if not even:
+            assert choose("on", model, AMP).even is False
+        found.append(retention_loss(model, part, AMP, None, 1.0).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    rows[0] = Example("0", rows[0].tokens[:-1], 6, replay=False)
+    (part,) = Batches(rows, pad_id=0, hold=False, packed=True, even=True)(range(3))
+    assert part.starts is not None
+
+
+def test_a_model_that_takes_both_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Unsloth's layers, which attend as they always do where they are told no boundaries."""
+    attend = varlen_attention.attend
+
+    def either(module: Any, *states: Any, **given: Any) -> Any:
+        if given.get("cu_seq_lens_q") is None:
+            given |= {"cu_seq_lens_q": torch.tensor([0, states[0].shape[2]], dtype=torch.int32)}
+        return attend(module, *states, **given)
+
+    monkeypatch.setattr(varlen_attention, "attend", either)
+    assert choose("auto", _model(), AMP) == packing.Layout(True, even=True)
+
+
+def _rounding(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
+    """Attention as another kernel would round it: scores and weights in bfloat16, each row by itself."""
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    rows = []
+    for start, end in pairwise(given.get("cu_seq_lens_q", torch.tensor([0, query.shape[2]])).tolist()):
+        scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) / query.shape[-1] ** 0.5
+        hidden = torch.full(scores.shape[2:], float("-inf"), dtype=scores.dtype).triu(1)
+        rows.append((scores + hidden).softmax(-1) @ value[:, :, start:end])
+    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_a_deep_models_rounding_is_no_leak(leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 layers in bfloat16: further off than shallow ones may be, by rounding alone; a leak is still found."""
+    amp = Amp("cpu", torch.bfloat16)
+    model = _model(num_hidden_layers=32, initializer_range=0.3, hidden_size=96, num_attention_heads=6).to(amp.dtype)
+    seen = []
+    away = packing._away
+    monkeypatch.setattr(packing, "_away", lambda *given: seen.append(away(*given)) or seen[-1])
+    monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the other look would find a leak first
+    monkeypatch.setattr(
+        varlen_attention,
+        "attend",
+        (lambda *states, cu_seq_lens_q, **given: _rounding(*states)) if leaks else _rounding,
+    )
+    layout = choose("auto", model, amp)
+    rounding, stray, _ = seen
+    assert rounding > packing.STRAY / packing.STRAY_TIMES
+    assert stray > packing.STRAY
+    assert layout.packed is not leaks, (layout, seen)
 
 
 def test_a_packed_model_never_attends_without_boundaries() -> None:
