@@ -21,6 +21,7 @@ except ModuleNotFoundError:  # no triton where there is no GPU
     cross_entropy_ = None  # type: ignore[assignment]
 
 CHUNK_BYTES = 256 * 2**20  # of one chunk's logits in float32; about four times as much is alive at once
+IN_PLACE = 4  # times as many rows a chunk where logits themselves become the slope, and nothing else is made of them
 TILE = 128  # rows: a matrix product of a few rows more costs as much as of a whole tile
 
 
@@ -70,8 +71,8 @@ def answer_loss(
     return total
 
 
-def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    rows = max(CHUNK_BYTES // (4 * vocabulary) // TILE, 1) * TILE
+def chunks(tokens: int, vocabulary: int, times: int = 1) -> Iterator[slice]:
+    rows = max(times * CHUNK_BYTES // (4 * vocabulary) // TILE, 1) * TILE
     return (slice(start, start + rows) for start in range(0, tokens, rows))
 
 
@@ -109,9 +110,11 @@ class _FrozenHead(torch.autograd.Function):
     ) -> torch.Tensor:
         total = states.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for rows in chunks(len(states), weight.shape[0]):
+        in_place = targets is not None and after == PLAIN and weight.is_cuda and cross_entropy_ is not None
+        for rows in chunks(len(states), weight.shape[0], IN_PLACE if in_place else 1):
             logits = after(functional.linear(states[rows].to(weight.dtype), weight, bias))
-            if targets is not None and after == PLAIN and logits.is_cuda and cross_entropy_ is not None:
+            if in_place:
+                assert targets is not None
                 total += cross_entropy_(logits, targets[rows]).sum()
                 if gradient is not None:
                     gradient[rows] = logits @ weight  # the slope by now
