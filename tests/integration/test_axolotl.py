@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loop.adapter_files import check, read_base_config
-from loop.executors import ChildFailed, LocalExecutor
+from loop.executors import ChildControl, ChildFailed, LocalExecutor
 from loop.settings import LINEAR_LAYERS
 from loop.trainers.preference_rows import write_preferences
-from loop.trainers.spec import TrainSpec, read_result
+from loop.trainers.spec import TrainSpec, read_result, write_spec
 from tests.conftest import ROOT
 from tests.integration.test_preference_training import THINGS, _pairs, _thumbs
 from tests.integration.test_trainer import _prepare, tiny_dir
@@ -30,15 +31,23 @@ RECIPE: dict[str, Any] = {
 }
 
 
-async def _train(spec: TrainSpec) -> list[dict[str, Any]]:
+async def _train(spec: TrainSpec, park_at: int = 0) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
+    children: list[ChildControl] = []
+
+    def told(line: dict[str, Any]) -> None:
+        lines.append(line)
+        if line["step"] == park_at:
+            children[0].park()
+
     await LocalExecutor().run(
         "loop.trainers.axolotl",
         spec.out_dir / "spec.json",
-        on_progress=lines.append,
+        on_progress=told,
         log_path=spec.out_dir / "trainer.log",
         environment={"CUDA_VISIBLE_DEVICES": ""},
         python=str(PYTHON),
+        on_start=children.append,
     )
     return lines
 
@@ -75,6 +84,37 @@ async def test_axolotl_trains_the_answers_of_our_rows_and_nothing_else(tiny_dir:
         assert row["labels"][: -len(trained)] == [-100] * (len(row["labels"]) - len(trained))
     again = await _train(spec)
     assert again == [], "a finished run is not repeated"
+
+
+async def test_axolotl_keeps_to_the_limits_of_a_watched_training(tiny_dir: Path, tmp_path: Path) -> None:
+    """Half the rate after a roll back; parked, it goes on after the step that was kept; out of time, it ends in order.
+
+    A checkpoint whose writing was cut off is not gone on from.
+    """
+    more = {"max_steps": 3000, "epochs": 1000, "save_steps": 10_000, "warmup_share": 0, "scheduler": "linear"}
+    long = {**RECIPE, "schedule": {**RECIPE["schedule"], **more}}
+    spec = _prepare(tmp_path, tiny_dir, **long, limits={"rate_scale": 0.5})
+    with pytest.raises(ChildFailed, match="give the machine back, after step") as parked:
+        await _train(spec, park_at=12)
+    assert parked.value.child_code == "parked"
+    kept = int(str(parked.value).rpartition(" ")[2])
+    assert kept >= 12
+    (out,) = tmp_path.glob("axolotl-*/checkpoints")
+    shutil.copytree(out / f"checkpoint-{kept}", out / "checkpoint-2999")
+    (out / "checkpoint-2999" / "complete").unlink()
+    write_spec(
+        spec.model_copy(update={"limits": spec.limits.model_copy(update={"seconds": 100})}), tmp_path / "spec.json"
+    )
+    lines = await _train(spec)
+    assert lines[0]["step"] == kept + 1
+    planned = lines[0]["total_steps"]
+    assert lines[0]["learning_rate"] == pytest.approx(0.5 * 2e-3 * (1 - kept / planned))
+    at_end = 1 - (lines[-1]["step"] - 1) / planned  # of the plan's rate, were there time for all of it
+    assert lines[-1]["learning_rate"] < 0.9 * 0.5 * 2e-3 * at_end
+    result = read_result(spec.out_dir)
+    assert result is not None
+    assert (result.time_limited, result.planned_steps, result.rate_scale) == (True, planned, 0.5)
+    assert result.steps == lines[-1]["step"] < planned
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

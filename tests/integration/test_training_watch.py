@@ -87,6 +87,7 @@ class Watched:
     sensors: Sensors = field(default_factory=NoReadings)
     rows: list[dict[str, Any]] = field(default_factory=lambda: [row(number, "Tampere") for number in range(12)])
     limits: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)  # of the spec: method, preference
     lines: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -108,6 +109,7 @@ class Watched:
                 "lora": {"rank": 4, "alpha": 8},
                 "schedule": schedule,
                 "limits": self.limits,
+                **self.method,
                 "threads": 1,
             }
         )

@@ -112,6 +112,23 @@ def test_another_base_is_another_speed_and_another_memory(tmp_path: Path) -> Non
     assert replay(tmp_path, finish) == []
 
 
+def test_another_objective_has_other_losses_and_gradients(tmp_path: Path) -> None:
+    """Fine-tuned to almost nothing, pairs begin at ln 2, slower and larger: no alarm, and a spike of theirs is one."""
+    learnt = changed(healthy(), 1, 300, objective="sft")
+    pairs = {"objective": "dpo", "loss": 0.69, "grad_norm": 4.0, "tokens_per_s": 4000.0, "memory_bytes": 20 * GB}
+    series = list(changed(changed(learnt, 100, 200, loss=0.01), 201, 300, **pairs))
+    assert replay(tmp_path, series) == []
+    raised, over = replay(tmp_path, changed(series, 260, 263, loss=9.0))
+    assert (raised.kind, raised.onset_step, over.over) == ("loss_spike", 259, True)
+
+
+def test_gradients_of_the_objective_before_do_not_count(tmp_path: Path) -> None:
+    """A window of clipped steps is one objective's: the roll back must not go behind where it begins."""
+    series = changed(changed(healthy(), 1, 200, objective="sft"), 201, 300, objective="dpo")
+    (raised,) = replay(tmp_path, changed(series, 190, 300, grad_norm=50.0))
+    assert (raised.kind, raised.step, raised.onset_step) == ("gradient_norm", 250, 200)
+
+
 def test_memory_that_creeps_is_told(tmp_path: Path) -> None:
     """Half a per cent a step: raised once the window lies a third above the first one."""
     (raised,) = replay(tmp_path, changed(healthy(), 60, 300, memory_bytes=lambda step: (10 + 0.05 * (step - 60)) * GB))

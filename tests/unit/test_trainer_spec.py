@@ -14,7 +14,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loop.settings import TrainerSettings
-from loop.trainers.checkpoints import CHECKPOINTS, last_complete, mark_complete
+from loop.trainers.checkpoints import (
+    CHECKPOINTS,
+    forget_after,
+    forget_incomplete,
+    last_complete,
+    mark_complete,
+    phase_folder,
+)
 from loop.trainers.rows import UnfitTemplate, heaviest, plan_batches, rows_drawn, tokenise
 from loop.trainers.spec import (
     BadRows,
@@ -269,3 +276,33 @@ def test_only_a_complete_checkpoint_of_the_same_run_is_resumed(tmp_path: Path) -
             mark_complete(folder / f"checkpoint-{step}", digest)
     assert last_complete(folder, "mine") == folder / "checkpoint-10"
     assert last_complete(folder, "else") is None
+
+
+def test_a_roll_back_counts_checkpoints_over_all_phases(tmp_path: Path) -> None:
+    """Of two phases of 80 and 40 steps, the trouble began after step 92: checkpoint 12 of the second one stays."""
+    first, second = phase_folder(tmp_path, 0, "sft"), phase_folder(tmp_path, 80, "dpo")
+    folders = [first / CHECKPOINTS / "checkpoint-80", *(second / CHECKPOINTS / f"checkpoint-{n}" for n in (12, 13, 20))]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    forget_after(tmp_path, 92)
+    assert [folder.exists() for folder in folders] == [True, True, False, False]
+    forget_after(tmp_path, 80)
+    assert [folder.exists() for folder in folders] == [True, False, False, False]
+
+
+def test_a_roll_back_finds_a_run_of_one_phase_and_axolotls(tmp_path: Path) -> None:
+    """Right below the folder, or in one that is named by the run."""
+    for parent in (tmp_path, tmp_path / "axolotl-0123456789abcdef"):
+        for step in (2, 4):
+            (parent / CHECKPOINTS / f"checkpoint-{step}").mkdir(parents=True)
+    forget_after(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.glob("**/checkpoint-*")) == ["checkpoint-2"] * 2
+
+
+def test_a_checkpoint_whose_writing_was_cut_off_goes(tmp_path: Path) -> None:
+    """For a trainer that would take the newest one."""
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mark_complete(tmp_path / "checkpoint-2", "mine")
+    forget_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

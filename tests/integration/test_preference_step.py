@@ -1,0 +1,151 @@
+"""What one step of preferences costs, beside the same loss written out over the model's own logits, row by row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import logsigmoid
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loop.trainers.loss import Amp
+from loop.trainers.preference_loop import Objective, Preferences, PreferenceTrainer
+from loop.trainers.preference_rows import Unit
+from loop.trainers.rows import Example
+from loop.trainers.sft_loop import arguments
+from loop.trainers.spec import TrainSpec
+
+pytestmark = pytest.mark.slow
+BETA, KL_WEIGHT = 0.3, 0.7
+CHOSEN = [Example("a", (1, 5, 9, 11, 13, 2), 3, False), Example("b", (1, 6, 8, 20, 2), 3, False)]
+REJECTED = [Example("a/r", (1, 5, 9, 30, 31, 32, 33, 2), 3, False), Example("b/r", (1, 6, 8, 40, 41, 2), 3, False)]
+PAIRS = [Unit("a", (CHOSEN[0], REJECTED[0])), Unit("b", (CHOSEN[1], REJECTED[1]))]
+THUMBS = [Unit("g", (CHOSEN[0],), True), Unit("b1", (REJECTED[1],), False), Unit("b2", (REJECTED[0],), False)]
+REPLAY = [Example("r0", (1, 7, 50, 51, 52, 2), 2, True), Example("r1", (1, 7, 53, 2), 2, True)]
+
+
+@pytest.fixture
+def model() -> Any:
+    """Random, its adapter moved well away from the base."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight.normal_(std=0.3)
+    return adapted.eval()
+
+
+def _trainer(model: Any, folder: Path, objective: Objective, units: list[Unit], **schedule: Any) -> PreferenceTrainer:
+    spec = TrainSpec.model_validate(
+        {
+            "base_dir": folder,
+            "base_name": "served-base",
+            "base_digest": "sha256:0",
+            "data_dir": folder,
+            "out_dir": folder,
+            "method": objective,
+            "preference": {"beta": BETA},
+            "schedule": {"kl_weight": KL_WEIGHT, "batch_size": 4, **schedule},
+        }
+    )
+    plan = [(list(range(len(units))), [0, 1])]
+    return PreferenceTrainer(
+        spec=spec,
+        data=Preferences(objective, units, REPLAY),
+        plan=plan,
+        pad_id=0,
+        amp=Amp("cpu", torch.float32),
+        model=model,
+        args=arguments(spec, 1),
+        train_dataset=plan,
+    )
+
+
+def _loss(trainer: PreferenceTrainer) -> float:
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad():
+        return float(trainer.compute_loss(trainer.model.eval(), batch))
+
+
+def _logits(model: Any, row: Example, *, base: bool = False) -> torch.Tensor:
+    """Log-probabilities that foretell the answer's tokens: answer tokens x vocabulary."""
+    with torch.no_grad():
+        ids = torch.tensor([row.tokens])
+        if base:
+            with model.disable_adapter():
+                logits = model(input_ids=ids).logits[0]
+        else:
+            logits = model(input_ids=ids).logits[0]
+    return logits.log_softmax(-1)[row.answer_start - 1 : -1]
+
+
+def _sum(model: Any, row: Example, *, base: bool = False) -> torch.Tensor:
+    answer = torch.tensor(row.tokens[row.answer_start :])
+    return _logits(model, row, base=base).gather(-1, answer[:, None]).sum()
+
+
+def _gain(model: Any, row: Example) -> torch.Tensor:
+    return _sum(model, row) - _sum(model, row, base=True)
+
+
+def _held(model: Any) -> torch.Tensor:
+    """KL(base||adapter), the mean over the tokens of all replay answers."""
+    of_tokens = []
+    for row in REPLAY:
+        base, own = _logits(model, row, base=True), _logits(model, row)
+        of_tokens.append((base.exp() * (base - own)).sum(-1))
+    return torch.cat(of_tokens).mean()
+
+
+def test_a_step_of_pairs_is_dpos_loss_and_the_hold(model: Any, tmp_path: Path) -> None:
+    """Each answer above the base, chosen above rejected, x beta; replay at its weight; margins are without it."""
+    trainer = _trainer(model, tmp_path, "dpo", PAIRS)
+    above = torch.stack([_gain(model, unit.rows[0]) - _gain(model, unit.rows[1]) for unit in PAIRS])
+    expected = -logsigmoid(BETA * above).mean() + KL_WEIGHT * _held(model)
+    assert _loss(trainer) == pytest.approx(expected.item(), abs=1e-5)
+    margin = torch.stack([_sum(model, unit.rows[0]) - _sum(model, unit.rows[1]) for unit in PAIRS]).mean()
+    assert trainer.margins == [pytest.approx(margin.item(), abs=1e-4)]
+
+
+def test_a_step_of_pairs_is_orpos_loss_and_the_hold(model: Any, tmp_path: Path) -> None:
+    """Mean log-probability a token makes the odds; no base in it but the replay's; cross entropy of the chosen ones."""
+    trainer = _trainer(model, tmp_path, "orpo", PAIRS)
+
+    def log_odds(row: Example) -> torch.Tensor:
+        mean = _sum(model, row) / (len(row.tokens) - row.answer_start)
+        return mean - torch.log(1 - mean.exp())
+
+    ratio = torch.stack([log_odds(unit.rows[0]) - log_odds(unit.rows[1]) for unit in PAIRS])
+    tokens = sum(len(row.tokens) - row.answer_start for row in CHOSEN)
+    entropy = -sum(_sum(model, row) for row in CHOSEN) / tokens
+    expected = entropy - BETA * logsigmoid(ratio).mean() + KL_WEIGHT * _held(model)
+    assert _loss(trainer) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_step_of_thumbs_is_ktos_loss_and_the_hold(model: Any, tmp_path: Path) -> None:
+    """One good, two bad: the good one counts twice. The drift is of prompts with their neighbours' answers."""
+    trainer = _trainer(model, tmp_path, "kto", THUMBS)
+    rows = [unit.rows[0] for unit in THUMBS]
+    drifts = []
+    for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        tokens = (*row.tokens[: row.answer_start], *other.tokens[other.answer_start :])
+        drifts.append(_gain(model, Example("m", tokens, row.answer_start, False)))
+    drift = torch.stack(drifts).mean()
+    assert drift > 0, "else held at zero, and this test would not see it"
+    signs, weights = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([2.0, 1.0, 1.0])
+    gains = torch.stack([_gain(model, row) for row in rows])
+    expected = (weights * (1 - torch.sigmoid(signs * BETA * (gains - drift)))).mean() + KL_WEIGHT * _held(model)
+    assert _loss(trainer) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_replay_by_cross_entropy_has_no_base_in_it(model: Any, tmp_path: Path) -> None:
+    """The difference of the two holds is the difference of the two losses."""
+    held = _loss(_trainer(model, tmp_path, "dpo", PAIRS))
+    shown = _loss(_trainer(model, tmp_path, "dpo", PAIRS, replay_loss="ce"))
+    entropy = -torch.cat([_sum(model, row)[None] for row in REPLAY]).sum() / 6
+    assert shown - held == pytest.approx((entropy - KL_WEIGHT * _held(model)).item(), abs=1e-5)
