@@ -44,11 +44,15 @@ class PackingRefused(InvalidInput):
 
 @dataclass(frozen=True)
 class Layout:
-    """`packed` or not, and the reason where it is not. `even`: rows of one length may go unpacked all the same."""
+    """`packed` or not, and the reason where it is not. `even`: rows of one length may go unpacked all the same.
+
+    `attention` is what the model had before.
+    """
 
     packed: bool
     reason: str = ""
     even: bool = False
+    attention: str = ""
 
 
 def choose(wanted: Literal["auto", "on", "off"], model: Any, amp: Amp) -> Layout:
@@ -56,12 +60,19 @@ def choose(wanted: Literal["auto", "on", "off"], model: Any, amp: Amp) -> Layout
     if wanted == "off":
         return Layout(False, 'trainer.packing = "off"')
     config = model.get_base_model().config.get_text_config()
+    before = config._attn_implementation
     reason = unsafe_by_config(config) or _unsafe_by_trial(model, config, amp)
     if not reason:
-        return Layout(True, even=_takes_unpacked(model, config, amp))
+        return Layout(True, even=_takes_unpacked(model, config, amp), attention=before)
     if wanted == "on":
         raise PackingRefused(f"rows can't be packed with this base: {reason}")
     return Layout(False, reason)
+
+
+def leave(layout: Layout, model: Any) -> None:
+    """Gives the model its own attention back: what it trains on next may come padded."""
+    if layout.packed:
+        model.get_base_model().set_attn_implementation(layout.attention)
 
 
 def unsafe_by_config(config: Any) -> str:

@@ -25,7 +25,7 @@ from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
-from loop.trainers.packing import choose
+from loop.trainers.packing import choose, leave
 from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, heaviest, plan_batches
@@ -157,6 +157,7 @@ def train(
     channel.mark("tried")
     room = memory.room if memory else None
     trained = run_planned(trainer, spec, model, tokens, run_digest, channel, room=room, on_exchange=base.forget)
+    leave(layout, model)
     return replace(trained, packed=layout.packed, not_packed=layout.reason)
 
 
