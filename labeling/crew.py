@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+from sqlalchemy import exists
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
@@ -39,15 +40,12 @@ class Crew:
 
 
 async def read_crew(session: AsyncSession, project: str, settings: AnnotatorSettings) -> Crew:
+    # Not a join: SQLite would begin with the items, all that the project ever had.
+    ours = exists().where(col(ReviewItem.id) == col(Annotation.item_id), col(ReviewItem.project) == project)
     active = (
         select(Annotation.annotator)
         .distinct()
-        .join(ReviewItem, col(ReviewItem.id) == col(Annotation.item_id))
-        .where(
-            col(ReviewItem.project) == project,
-            col(Annotation.deleted).is_(False),
-            col(Annotation.updated_at) > now() - ACTIVE,
-        )
+        .where(col(Annotation.updated_at) > now() - ACTIVE, col(Annotation.deleted).is_(False), ours)
     )
     doubts = select(DoubtedAnnotator).where(col(DoubtedAnnotator.project) == project)
     return Crew(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -41,28 +42,38 @@ def _plain(text: str) -> str:
     return folded(text).strip(" .,;:!?\"'")
 
 
-async def gold_accuracy(session: AsyncSession, project: str) -> dict[str, Proportion]:
+async def gold_accuracy(
+    session: AsyncSession, project: str, annotators: Collection[str] | None = None
+) -> dict[str, Proportion]:
+    """Of these people, or of all; who has answered no gold question is missing."""
     right: defaultdict[str, list[bool]] = defaultdict(list)
-    for annotator, _, is_so in await first_answers(session, project):
+    for annotator, _, is_so in await first_answers(session, project, annotators):
         right[annotator].append(is_so)
     return {annotator: Proportion(sum(answers), len(answers)) for annotator, answers in right.items()}
 
 
-async def first_answers(session: AsyncSession, project: str) -> list[tuple[str, str, bool]]:
+async def first_answers(
+    session: AsyncSession, project: str, annotators: Collection[str] | None = None
+) -> list[tuple[str, str, bool]]:
     """(annotator, gold question, rightly): the first time that a person meets a question; later they may remember it.
 
     Edits of that first answer count.
     """
-    rows = await session.execute(
+    # By the questions' project: by the items', SQLite would read all that the project ever had.
+    answers = (
         select(Annotation, GoldQuestion)
         .join(ReviewItem, col(ReviewItem.id) == col(Annotation.item_id))
         .join(GoldQuestion, col(GoldQuestion.id) == col(ReviewItem.gold_id))
         .where(
-            col(ReviewItem.project) == project, col(Annotation.deleted).is_(False), col(Annotation.cancelled).is_(False)
+            col(GoldQuestion.project) == project,
+            col(Annotation.deleted).is_(False),
+            col(Annotation.cancelled).is_(False),
         )
         .order_by(col(Annotation.labelling_project), col(Annotation.annotation_id))
     )
+    if annotators is not None:
+        answers = answers.where(col(Annotation.annotator).in_(sorted(annotators)))
     first: dict[tuple[str, str], bool] = {}
-    for annotation, question in rows.all():
+    for annotation, question in (await session.execute(answers)).all():
         first.setdefault((annotation.annotator, question.id), is_right(question, annotation))
     return [(annotator, gold_id, is_so) for (annotator, gold_id), is_so in first.items()]

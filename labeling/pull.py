@@ -46,6 +46,7 @@ class PullReport:
     project: str
     tasks: int = 0  # looked at
     annotations: int = 0  # new, edited or deleted ones
+    tested: set[str] = field(default_factory=set, repr=False)  # whose answers to gold questions are among them
     labels: Counter[str] = field(default_factory=Counter)  # state -> labels that came into it
     swept: bool = False
     reopened: int = 0  # items whose task had vanished
@@ -74,8 +75,9 @@ async def pull(
     if sweep or (sweep is None and _is_due(target, settings)):
         target = await labelling_project(database, server, project, settings, sure=True)
         await _sweep(database, server, target, settings, report)
-    if report.annotations or report.swept:
-        report.labels += await follow_standing(database, project, settings)
+    if report.tested or report.swept:
+        whose = None if report.swept else report.tested
+        report.labels += await follow_standing(database, project, settings, whose)
     await offer_again(database, server, project, target.server_project)
     report.replaced = target.server_project != first.server_project
     if report.annotations or report.reopened or report.archived:
@@ -228,20 +230,25 @@ async def _store_task(
         )
     )
     known = {row.annotation_id: row for row in rows.scalars()}
-    # Also where nothing changed: `annotations_per_item` may have.
-    touched = {item.id}
+    changed: list[Annotation] = []
     for seen in task.annotations:
         if seen.id not in opinions:
             continue
-        concerned = await _store_annotation(session, item, seen, opinions[seen.id], server_project)
-        report.annotations += bool(concerned)
-        touched |= concerned
+        states = await _store_annotation(session, item, seen, opinions[seen.id], server_project)
+        report.annotations += bool(states)
+        changed += states
     if item.task_id == task.id:  # a duplicate task shows only its own annotations
-        report.annotations += _mark_deleted(known, task)
-    return touched
+        gone = _mark_deleted(known, task)
+        report.annotations += len(gone)
+        changed += gone
+    # Another item may be a gold question, too.
+    if item.gold_id is not None or any(one.item_id != item.id for one in changed):
+        report.tested |= {one.annotator for one in changed}
+    # The item also where nothing changed: `annotations_per_item` may have.
+    return {item.id, *(one.item_id for one in changed)}
 
 
-def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> int:
+def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> list[Annotation]:
     """Each change of an annotation also dates its task. A task that is older than an annotation of ours has not lost
     it to a person: the server was restored from a backup, and what we hold is all that is left of it.
     """
@@ -253,27 +260,30 @@ def _mark_deleted(known: dict[int, Annotation], task: SeenTask) -> int:
     ]
     for row in gone:
         row.deleted, row.updated_at = True, now()
-    return len(gone)
+    return gone
 
 
 async def _store_annotation(
     session: AsyncSession, item: ReviewItem, seen: SeenAnnotation, opinion: Opinion, server_project: int
-) -> set[str]:
-    """The items concerned: two where a restored server gave an old annotation's number to another task."""
+) -> list[Annotation]:
+    """As it was and as it is, [] where that is the same. A restored server gives an old one's number to another task:
+    what had that number belongs to another item, and maybe to another person.
+    """
     row = await session.get(Annotation, (server_project, seen.id))
     new = _annotation(item, seen, meant(item, opinion), server_project)
-    if row is not None and row.created_at != new.created_at:
-        await keep_lost(session, row)
-        row = None
     if row is None:
         session.add(new)
-        return {item.id}
-    if row.model_dump() == new.model_dump() or (not row.deleted and new.updated_at < row.updated_at):
-        return set()  # known, or as it was before we last saw it: a restored backup
-    former = row.item_id
+        return [new]
+    was = Annotation(**row.model_dump())
+    if row.created_at != new.created_at:
+        await keep_lost(session, row)
+        session.add(new)
+        return [was, new]
+    if was.model_dump() == new.model_dump() or (not was.deleted and new.updated_at < was.updated_at):
+        return []  # known, or as it was before we last saw it: a restored backup
     for name, value in new.model_dump().items():
         setattr(row, name, value)
-    return {former, item.id}
+    return [was, new]
 
 
 def _annotation(item: ReviewItem, seen: SeenAnnotation, opinion: Opinion, server_project: int) -> Annotation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,10 +19,16 @@ from labeling.tables import Annotation, DoubtedAnnotator, ReviewItem
 ITEMS_PER_TRANSACTION = 50
 
 
-async def follow_standing(database: Database, project: str, settings: LabelingSettings) -> Counter[str]:
-    """Labels that came into a state thereby."""
+async def follow_standing(
+    database: Database, project: str, settings: LabelingSettings, annotators: Collection[str] | None = None
+) -> Counter[str]:
+    """Labels that came into a state thereby. `annotators`: whose answers changed; None looks at everybody's.
+
+    Only the latter sees what else decides: edited gold questions and settings, a pull that was killed before it came
+    here.
+    """
     async with database.write() as session:
-        changed = await renew_doubts(session, project, settings.gold)
+        changed = await renew_doubts(session, project, settings.gold, annotators)
         items = await _items_of(session, project, changed)
     labels: Counter[str] = Counter()
     for start in range(0, len(items), ITEMS_PER_TRANSACTION):
@@ -54,12 +61,16 @@ async def _items_of(session: AsyncSession, project: str, annotators: set[str]) -
     return list(rows.scalars())
 
 
-async def renew_doubts(session: AsyncSession, project: str, settings: GoldSettings) -> set[str]:
-    """Writes who is doubted now; the people whose standing changed."""
-    accuracy = await gold_accuracy(session, project)
+async def renew_doubts(
+    session: AsyncSession, project: str, settings: GoldSettings, annotators: Collection[str] | None
+) -> set[str]:
+    """Writes who of these is doubted now; the people whose standing changed."""
+    accuracy = await gold_accuracy(session, project, annotators)
     now_doubted = {name: why for name, one in accuracy.items() if (why := doubt(one, settings)) is not None}
-    rows = await session.execute(select(DoubtedAnnotator).where(col(DoubtedAnnotator.project) == project))
-    before = {row.annotator: row for row in rows.scalars()}
+    doubted = select(DoubtedAnnotator).where(col(DoubtedAnnotator.project) == project)
+    if annotators is not None:
+        doubted = doubted.where(col(DoubtedAnnotator.annotator).in_(sorted(annotators)))
+    before = {row.annotator: row for row in (await session.execute(doubted)).scalars()}
     cleared = before.keys() - now_doubted.keys()
     if cleared:
         gone = (col(DoubtedAnnotator.project) == project) & col(DoubtedAnnotator.annotator).in_(sorted(cleared))

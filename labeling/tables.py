@@ -269,6 +269,8 @@ class Annotation(SQLModel, table=True):
     """
 
     __tablename__ = "annotations"
+    # Who has labelled lately is asked in each pull: `labeling.crew`.
+    __table_args__ = (Index("ix_annotations_updated_at", "updated_at"),)
     labelling_project: int = Field(primary_key=True)
     annotation_id: int = Field(primary_key=True)
     item_id: str = Field(foreign_key="review_items.id", index=True)

@@ -76,7 +76,7 @@ class Table:
         async with self.database.write() as session:
             session.add(annotation)
         await self.settle(one)
-        await follow_standing(self.database, PROJECT, self.settings)
+        await follow_standing(self.database, PROJECT, self.settings, {annotator})
 
     async def settle(self, one: ReviewItem) -> None:
         async with self.database.write() as session:

@@ -301,6 +301,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("labelling_project", "annotation_id"),
     )
     op.create_index(op.f("ix_annotations_item_id"), "annotations", ["item_id"], unique=False)
+    op.create_index("ix_annotations_updated_at", "annotations", ["updated_at"], unique=False)
     op.create_table(
         "archived_tasks",
         sa.Column("item_id", sa.String(), nullable=False),
@@ -545,6 +546,7 @@ def downgrade() -> None:
     op.drop_table("evidence")
     op.drop_index(op.f("ix_archived_tasks_project"), table_name="archived_tasks")
     op.drop_table("archived_tasks")
+    op.drop_index("ix_annotations_updated_at", table_name="annotations")
     op.drop_index(op.f("ix_annotations_item_id"), table_name="annotations")
     op.drop_table("annotations")
     op.drop_index(op.f("ix_adapters_project"), table_name="adapters")
