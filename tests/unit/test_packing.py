@@ -202,7 +202,11 @@ def test_a_model_that_takes_both_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         return attend(module, *states, **given)
 
     monkeypatch.setattr(varlen_attention, "attend", either)
-    assert choose("auto", _model(), AMP) == packing.Layout(True, even=True)
+    model = _model()
+    layout = choose("auto", model, AMP)
+    assert (layout.packed, layout.even) == (True, True)
+    packing.leave(layout, model)
+    assert model.get_base_model().config._attn_implementation == layout.attention != varlen_attention.NAME
 
 
 def _rounding(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
@@ -221,9 +225,14 @@ def test_a_deep_models_rounding_is_no_leak(leaks: bool, monkeypatch: pytest.Monk
     """32 layers in bfloat16: further off than shallow ones may be, by rounding alone; a leak is still found."""
     amp = Amp("cpu", torch.bfloat16)
     model = _model(num_hidden_layers=32, initializer_range=0.3, hidden_size=96, num_attention_heads=6).to(amp.dtype)
-    seen = []
+    seen: list[float] = []
     away = packing._away
-    monkeypatch.setattr(packing, "_away", lambda *given: seen.append(away(*given)) or seen[-1])
+
+    def noted(*given: torch.Tensor) -> float:
+        seen.append(away(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(packing, "_away", noted)
     monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the other look would find a leak first
     monkeypatch.setattr(
         varlen_attention,
