@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loop.trainers import late_log, sft_loop
+from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.late_log import LateLog
+from loop.trainers.loss import retention_loss
 from loop.trainers.rows import Example
 from loop.trainers.spec import Progress, TrainSpec
 
@@ -54,7 +56,7 @@ def _train(folder: Path) -> _Told:
     )  # fmt: skip
     rows = [Example(str(n), tuple(range(n + 1, n + 9)), 4, replay=False) for n in range(6)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="e", pad_token="e")
-    told = _Told(folder / sft_loop.CHECKPOINTS)
+    told = _Told(folder / CHECKPOINTS)
     sft_loop.train(spec, model, tokenizer, rows, "sha256:1", told)  # type: ignore[arg-type]
     return told
 
@@ -95,7 +97,7 @@ def test_a_step_is_told_before_it_is_kept(tmp_path: Path, late: None) -> None:
 
 def test_a_run_gone_wrong_still_stops(tmp_path: Path, late: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step later than where numbers are at hand at once, and not a checkpoint later."""
-    calls, loss = [], sft_loop.retention_loss
+    calls, loss = [], retention_loss
 
     def breaking(*given: Any) -> torch.Tensor:
         calls.append(1)

@@ -223,7 +223,12 @@ def test_a_deep_models_rounding_is_no_leak(leaks: bool, monkeypatch: pytest.Monk
     model = _model(num_hidden_layers=32, initializer_range=0.3, hidden_size=96, num_attention_heads=6).to(amp.dtype)
     seen = []
     away = packing._away
-    monkeypatch.setattr(packing, "_away", lambda *given: seen.append(away(*given)) or seen[-1])
+
+    def noted(*given: torch.Tensor) -> float:
+        seen.append(away(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(packing, "_away", noted)
     monkeypatch.setattr(packing, "TOUCHED", 1e9)  # the other look would find a leak first
     monkeypatch.setattr(
         varlen_attention,
