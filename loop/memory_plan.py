@@ -18,10 +18,10 @@ from loop.memory_estimate import Checkpointing, Estimate, Setup, Workload, estim
 
 # Measured on one H100 with Unsloth on an 8B Llama shape (docs/trainer.md): seconds a forward FLOP, backward included.
 SECONDS_A_FLOP = 4.2e-15
-RECOMPUTING = {"off": 1.0, "on": 1.28, "offload": 1.33}  # of the time without; "on" lies between the two measured
-BACKEND = {"unsloth": 1.0, "peft": 1.62}
+RECOMPUTING = {"off": 1.0, "on": 1.36, "offload": 1.41}  # of the time without
+BACKEND = {"unsloth": 1.0, "peft": 1.52}
 DEQUANTISING = 4.9e-12  # seconds a parameter and micro-batch: forward and backward each unpack every matrix
-LAUNCHING = 5.5e-3  # seconds a layer and micro-batch that kernels take to start, however small they are
+LAUNCHING = 5.8e-3  # seconds a layer and micro-batch that kernels take to start, however small they are
 RUNG = 0.87  # the next plan down needs at most this share: less than the estimate's error would be no help
 MODES: tuple[Checkpointing, ...] = ("off", "on", "offload")
 
