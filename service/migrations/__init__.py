@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -39,8 +40,18 @@ async def _upgrade(url: str) -> None:
 
 
 async def _locked_upgrade(engine: AsyncEngine) -> None:
-    """`serve` and `work` may start at the same instant on an empty PostgreSQL: the second waits for the first."""
+    """All in one transaction, also where the process is killed in it. `serve` and `work` may start at the same instant
+    on an empty database: the second waits for the first."""
+    if engine.dialect.name == "sqlite":
+        event.listen(engine.sync_engine, "connect", _open_no_transactions)
     async with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('nightschool schema'))"))
+        else:
+            await connection.execute(text("BEGIN IMMEDIATE"))
         await connection.run_sync(lambda sync: command.upgrade(config(sync), "head"))
+
+
+def _open_no_transactions(connection: Any, _record: object) -> None:
+    """The driver would begin one only before a change of rows: tables would be made one by one, each for good."""
+    connection.isolation_level = None

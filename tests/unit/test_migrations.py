@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from alembic.autogenerate import compare_metadata
@@ -59,3 +63,29 @@ async def test_migrated_is_declared(database: Database) -> None:
     async with database.engine.connect() as connection:
         assert await connection.run_sync(differences) == []
         assert (await connection.run_sync(unique_columns), await connection.run_sync(ordered_indexes)) == declared
+
+
+KILLED = """
+import os, signal, sys
+from sqlalchemy import Engine, event
+from service.migrations import upgrade
+
+@event.listens_for(Engine, "before_cursor_execute")
+def _(connection, cursor, statement, *_):
+    if statement.strip().startswith("CREATE TABLE exchanges"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+upgrade(sys.argv[1])
+"""
+
+
+async def test_killed_within_it_changes_nothing(database: Database) -> None:
+    """On SQLite, too, whose driver would make each table for good; the next start does it all."""
+    async with database.engine.begin() as connection:
+        await connection.run_sync(SQLModel.metadata.drop_all)
+    command = [sys.executable, "-c", KILLED, database.url]
+    killed = await asyncio.to_thread(subprocess.run, command, cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    await asyncio.to_thread(upgrade, database.url)
+    async with database.engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
