@@ -1,7 +1,9 @@
 """Old exchanges go when a project keeps them for some days only. What anything refers to stays: feedback of any kind,
 an item's member, a good answer. Labels hold their own copy of what was shown.
 
-Small transactions, one pass over what is old: nobody waits long for the writer, and cost does not grow with what stays.
+Each look goes once through all that is old, the oldest first, in pages of `BATCH`: keys of one page are in memory, and
+each page that has something to delete is a transaction of its own, so that others write in between. What stays is read
+again at the next look, by indexes alone. A look that breaks off has deleted and counted whole pages.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ async def forget_old_exchanges(database: Database, project: str, keep_days: int)
     await link_due(database, project)
     deleted = looked = 0
     after: tuple[datetime, str] | None = None
-    while batch := await _old(database, project, before, after):
-        looked += len(batch)
-        deleted += await _delete(database, project, [identity for _, identity in batch])
-        after = batch[-1]
+    while page := await _old(database, project, before, after):
+        looked += len(page)
+        unneeded = [identity for _, identity, needed in page if not needed]
+        deleted += await _delete(database, project, unneeded) if unneeded else 0
+        after = page[-1][:2]
     await _count(database, project, needed=looked - deleted)
     if deleted:
         log.info("old_exchanges_deleted", project=project, deleted=deleted, needed=looked - deleted)
@@ -47,14 +50,15 @@ async def retention_counts(database: Database) -> list[ExchangeRetention]:
 
 async def _old(
     database: Database, project: str, before: datetime, after: tuple[datetime, str] | None
-) -> list[tuple[datetime, str]]:
-    """The next by age."""
+) -> list[tuple[datetime, str, bool]]:
+    """The next page by age: when, which, and whether something needs it by now."""
     keys = (col(Exchange.created_at), col(Exchange.id))
-    old = select(*keys).where(col(Exchange.project) == project, col(Exchange.created_at) < before)
+    old = select(*keys, _needed()).where(col(Exchange.project) == project, col(Exchange.created_at) < before)
     if after is not None:
         old = old.where(tuple_(*keys) > tuple_(*after))
     async with database.read() as session:
-        return [(at, identity) for at, identity in (await session.execute(old.order_by(*keys).limit(BATCH))).all()]
+        page = await session.execute(old.order_by(*keys).limit(BATCH))
+        return [(at, identity, needed) for at, identity, needed in page.all()]
 
 
 async def _delete(database: Database, project: str, identities: list[str]) -> int:

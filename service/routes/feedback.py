@@ -19,6 +19,7 @@ from labeling.tables import Feedback, ItemMember, ReviewItem
 from service.auth import Caller, Scope
 from service.feedback_desk import FeedbackDesk
 from service.feedback_form import LINES, read_lines, read_one
+from service.transfer.reading import ELSEWHERE, LANGFUSE, TENSORZERO
 
 TRUTHS = {"true": True, "1": True, "": True, "false": False, "0": False}
 
@@ -103,13 +104,13 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
         select(Feedback, ReviewItem)
         .join(ItemMember, col(ItemMember.feedback_id) == col(Feedback.id), isouter=True)
         .join(ReviewItem, col(ReviewItem.id) == col(ItemMember.item_id), isouter=True)
-        .where(col(Feedback.id).in_({feedback_id, _our_id(feedback_id)}))
+        .where(col(Feedback.id).in_(names := _names(feedback_id)))
     )
     async with database.read() as session:
-        found = (await session.execute(statement)).one_or_none()
-    if found is None or not caller.sees(found[0].project):
+        rows = {row[0].id: row for row in await session.execute(statement) if caller.sees(row[0].project)}
+    if not rows:
         raise UnknownFeedback(f"no feedback {feedback_id!r}")
-    feedback, item = found
+    feedback, item = next(rows[one] for one in names if one in rows)
     return {
         "id": feedback.id,
         "project": feedback.project,
@@ -121,9 +122,12 @@ async def _status(database: Database, feedback_id: str, caller: Caller) -> dict[
     }
 
 
-def _our_id(feedback_id: str) -> str:
-    """POST /feedback names its feedback by a UUID; imported ones keep the one that they had."""
+def _names(given: str) -> list[str]:
+    """Ids that may be meant, the likeliest first: POST /feedback answers with a UUID, and an imported one is known to
+    its source by an id without our prefix.
+    """
     try:
-        return f"fb_{uuid.UUID(feedback_id).hex}"
+        ours = f"fb_{uuid.UUID(given).hex}"
     except ValueError:
-        return feedback_id
+        ours = given
+    return [given, ours, *(f"{prefix}{given}" for prefix in (TENSORZERO, LANGFUSE, ELSEWHERE))]

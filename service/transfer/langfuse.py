@@ -12,6 +12,7 @@ from typing import Any
 from labeling.tables import Exchange, Feedback, FeedbackKind
 from service.transfer.conversation import answer_of, prompt_of
 from service.transfer.reading import (
+    LANGFUSE,
     LineRefused,
     Options,
     Row,
@@ -112,7 +113,7 @@ def _score(row: Row, options: Options) -> list[Exchange | Feedback]:
     said = row.get("stringValue") or (row["value"] if isinstance(row.get("value"), str) else None)
     comment = row.get("comment") or None
     common: dict[str, Any] = {
-        "id": needed(row, "id"),
+        "id": f"{LANGFUSE}{needed(row, 'id')}",
         "tags": {"score": called, "source": str(row["source"]), **texts(row.get("metadata"))},
         "reporter": name(row.get("authorUserId"), "authorUserId"),
         "created_at": when(row.get("timestamp"), row.get("createdAt")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,9 +15,10 @@ from labeling.feedback_body import InvalidFeedback, parse
 from labeling.json_values import DEEPEST, has_nul, is_deeper
 from service.ingest import feedback_row
 from service.transfer import langfuse, openai_pairs, own_rows, tensorzero
-from service.transfer.reading import LineRefused, Options, Row, identity_of, name, when
+from service.transfer.reading import ELSEWHERE, LineRefused, Options, Row, digest_of, name, when
 
 BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
+OURS = re.compile(r"fb_[0-9a-f]{27}(?:[0-9a-f]{5})?")  # of POST /v1/feedback, or of POST /feedback
 WRAPPED = 4  # levels that a line has around what is stored
 
 
@@ -49,12 +51,17 @@ def _read_body(row: Row, options: Options) -> Sequence[SQLModel]:
         found = feedback_row(parse(said), options.project, "", options.reporters)
     except InvalidFeedback as error:
         raise LineRefused("; ".join(f"{m['field']}: {m['message']}" for m in error.mistakes[:5])) from None
-    found.id = name(row.get("id"), "id") or identity_of(options.project, row)
+    found.id = _body_id(name(row.get("id"), "id") or digest_of(options.project, row))
     found.key_id = None
     made: Any = when(row.get("created_at"))
     if made is not None:
         found.created_at = made
     return [found]
+
+
+def _body_id(given: str) -> str:
+    """One that a door of ours answered with says which feedback it is, also where that is known already."""
+    return given if OURS.fullmatch(given) else f"{ELSEWHERE}{given}"
 
 
 # In the order in which they are tried.

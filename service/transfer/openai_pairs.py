@@ -13,7 +13,7 @@ import msgspec
 from labeling.tables import Exchange, Feedback
 from service.capture import Captured, NotRecordable, exchange_of
 from service.transfer.conversation import split_conversation
-from service.transfer.reading import LineRefused, Options, Row, exchange, identity_of, name, when
+from service.transfer.reading import LineRefused, Options, Row, completion_of, exchange, exchange_id, name, when
 
 
 def fits(row: Row) -> bool:
@@ -45,7 +45,7 @@ def _pair(row: Row, request: Row, response: Row, options: Options) -> Exchange:
         raise LineRefused("latency_ms must be a number of milliseconds")
     captured = Captured(
         project=options.project,
-        completion_id=name(response.get("id"), "response.id") or identity_of(options.project, request, response),
+        completion_id=name(response.get("id"), "response.id") or completion_of(options.project, request, response),
         served=name(response.get("model") or request.get("model"), "model") or "unknown",
         request=msgspec.json.encode(request),
         response=msgspec.json.encode(response),
@@ -68,6 +68,7 @@ def _pair(row: Row, request: Row, response: Row, options: Options) -> Exchange:
     made: Any = when(row.get("created_at"), row.get("timestamp"), response.get("created"))
     if made is not None:
         found.created_at = made
+    found.id = exchange_id(found.project, found.completion_id, found.created_at)
     return found
 
 
@@ -76,7 +77,7 @@ def _conversation(row: Row, options: Options) -> Exchange:
     return exchange(
         options,
         answer,
-        completion_id=name(row.get("id"), "id") or identity_of(options.project, row),
+        completion_id=name(row.get("id"), "id") or completion_of(options.project, row),
         request_id=name(row.get("request_id"), "request_id"),
         session_id=name(row.get("session_id"), "session_id"),
         served=name(row.get("model"), "model") or "unknown",

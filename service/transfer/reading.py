@@ -18,6 +18,9 @@ from labeling.tables import Exchange, Feedback, FeedbackKind
 
 Row = dict[str, Any]
 NAME_LENGTH = 256  # of ids and names, as POST /v1/feedback takes them
+# Beginnings of imported feedback's ids: two tools may give the same id, and none may give one that means something here
+# (`labeling.entry`).
+TENSORZERO, LANGFUSE, ELSEWHERE = "tz_", "lf_", "im_"
 
 
 class LineRefused(InvalidInput):
@@ -73,10 +76,21 @@ def when_made(identity: str) -> datetime | None:
     return datetime.fromtimestamp((made.int >> 80) / 1000, UTC) if made.version == 7 else None
 
 
-def identity_of(*content: Any) -> str:
+def digest_of(*content: Any) -> str:
     """Of a row that brings no id: the same content is the same row, however often it is imported."""
-    digest = hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()
-    return f"imported-{digest[:32]}"
+    return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:32]
+
+
+def completion_of(*content: Any) -> str:
+    """Of an exchange that brings no completion id. Those that bring one keep it: feedback names them by it."""
+    return f"{ELSEWHERE}{digest_of(*content)}"
+
+
+def exchange_id(project: str, completion_id: str, at: datetime) -> str:
+    """As `labeling.database.new_id` makes them, of its own time: rules that draw from new traffic pass by the old.
+    The same exchange always has the same one.
+    """
+    return f"ex_{max(0, int(at.timestamp() * 1000)):011x}{digest_of(project, completion_id)[:16]}"
 
 
 def name(value: Any, what: str) -> str | None:
@@ -143,4 +157,6 @@ def feedback(options: Options, kind: FeedbackKind, **columns: Any) -> Feedback:
 def exchange(options: Options, answer: str, **columns: Any) -> Exchange:
     if columns.get("created_at") is None:
         columns.pop("created_at", None)
-    return Exchange(project=options.project, answers=[answer], **columns)
+    found = Exchange(project=options.project, answers=[answer], **columns)
+    found.id = exchange_id(found.project, found.completion_id, found.created_at)
+    return found

@@ -14,14 +14,15 @@ from labeling.tables import Exchange, Feedback, FeedbackKind
 from labeling.tensorzero import METRIC_TAG, RESERVED
 from service.transfer.conversation import Messages, tool_calls_text
 from service.transfer.reading import (
+    TENSORZERO,
     LineRefused,
     Options,
     Row,
     as_text,
     decoded,
+    digest_of,
     exchange,
     feedback,
-    identity_of,
     name,
     needed,
     rating,
@@ -116,9 +117,9 @@ def _is(block: Any, kind: str) -> bool:
 
 
 def _feedback(row: Row, options: Options, kind: FeedbackKind, **columns: Any) -> Feedback:
-    identity = name(row.get("id"), "id") or identity_of(options.project, row)
-    made = _made(row, identity)
-    return feedback(options, kind, id=identity, created_at=made, **_target(row), **columns)
+    given = name(row.get("id"), "id")
+    identity = f"{TENSORZERO}{given or digest_of(options.project, row)}"
+    return feedback(options, kind, id=identity, created_at=_made(row, given or ""), **_target(row), **columns)
 
 
 def _target(row: Row) -> dict[str, str | None]:

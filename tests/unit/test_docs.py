@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from labeling.entry import OWN_RULES
+from labeling.reporters import PREFIX
 from service.cli import app
+from service.transfer.reading import ELSEWHERE, LANGFUSE, TENSORZERO
 from tests.render_docs import BLOCKS, ROOT, rendered
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
@@ -48,3 +51,15 @@ def test_links_and_named_files_exist(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
     for named in re.findall(r"`((?:service|loop|labeling|tests|deploy)/[\w./-]+)`", text):
         assert (ROOT / named).exists(), f"{page.name} names {named}"
+
+
+def test_every_prefix_of_an_id_is_listed() -> None:
+    """Beside those that `new_id` is asked for, those of what imports and we ourselves say; no two are the same."""
+    sources = [path.read_text() for folder in ("labeling", "loop", "service") for path in (ROOT / folder).rglob("*.py")]
+    made = {f"{prefix}_" for text in sources for prefix in re.findall(r'new_id\("(\w+)"\)', text)} - {"c_"}  # a bench's
+    hashed = [*OWN_RULES, TENSORZERO, LANGFUSE, ELSEWHERE, PREFIX, "gq_"]
+    assert len(made | set(hashed)) == len(made) + len(hashed)
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`[^|]*) \|", page.partition("## Ids")[2].partition("\n## ")[0], re.MULTILINE)
+    listed = [prefix for cell in first_cells for prefix in re.findall(r"`(\w+_)`", cell)]
+    assert sorted(listed) == sorted(made | set(hashed))

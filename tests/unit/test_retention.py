@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import event
 
-from labeling import retention
+from labeling import exchanges, retention
 from labeling.database import Database, now
 from labeling.feedback import fold
 from labeling.retention import forget_old_exchanges
@@ -22,6 +24,7 @@ from loop.worker import Worker
 from service import app
 from tests.running import NOWHERE, PROJECT, count, eventually, offline_clients, rows, service, settings_for
 from tests.unit.test_feedback import exchange, feedback, store
+from tests.unit.test_round_cost import steps
 
 OLD = timedelta(days=40)
 
@@ -69,6 +72,67 @@ async def test_the_writer_is_free_between_batches(database: Database, monkeypatc
     monkeypatch.setattr(database, "write", counted)
     assert await forget_old_exchanges(database, PROJECT, 30) == 95
     assert transactions >= 10
+
+
+async def test_a_look_goes_in_pages(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, whether they go or stay: no statement reads or deletes more than a page, no transaction
+    deletes twice, and what waits for the writer has its turn before the look is done.
+    """
+    monkeypatch.setattr(retention, "BATCH", 10)
+    monkeypatch.setattr(exchanges, "ROWS_PER_STATEMENT", 10)
+    plain = [exchange(f"plain {number}", created_at=now() - OLD) for number in range(60)]
+    needed = [exchange(f"needed {number}", created_at=now() - OLD) for number in range(40)]
+    await store(database, *plain, *needed, *(feedback(one) for one in needed))
+    read: list[int] = []
+    deleted: list[int] = []
+    in_one: list[int] = []
+    late = exchange("late")
+    others: list[asyncio.Task[None]] = []
+
+    def done(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith("DELETE"):
+            deleted.append(cursor.rowcount)
+            in_one[-1] += 1
+        elif statement.startswith("SELECT"):
+            read.append(len(getattr(cursor, "_rows", ())))
+        if deleted and not others:
+            others.append(asyncio.create_task(store(database, late)))
+            others[0].add_done_callback(lambda _: in_between.append(not looking.done()))
+
+    in_between: list[bool] = []
+    engine = database.engine.sync_engine
+    event.listen(engine, "begin", lambda _connection: in_one.append(0))
+    event.listen(engine, "after_cursor_execute", done)
+    looking = asyncio.create_task(forget_old_exchanges(database, PROJECT, 30))
+    assert await looking == sum(deleted) == 60
+    await others[0]
+    assert in_between == [True]
+    assert max(read) <= 10
+    assert max(deleted) <= 10
+    assert max(in_one) == 1
+    assert {row.id for row in await rows(database, Exchange)} == {one.id for one in (*needed, late)}
+    in_one.clear()
+    deleted.clear()
+    assert await forget_old_exchanges(database, PROJECT, 30) == 0
+    assert deleted == [], "what stays is only read"
+
+
+async def test_a_look_costs_what_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page begins where the last one ended: twice as many cost twice as much, also where all of them stay."""
+    monkeypatch.setattr(retention, "BATCH", 10)
+    seen = []
+    for number in (150, 300):
+        database = Database(f"sqlite+aiosqlite:///{tmp_path}/{number}.db")
+        await database.create_tables()
+        old = [exchange(str(place), created_at=now() - OLD) for place in range(number)]
+        await store(database, *old, *(feedback(one) for one in old))
+        await forget_old_exchanges(database, PROJECT, 30)  # links first what came with them
+        async with steps(database) as done:
+            assert await forget_old_exchanges(database, PROJECT, 30) == 0
+        seen.append(done[0])
+        await database.close()
+    half, whole = seen
+    assert 0 < whole < 2.3 * half, seen
 
 
 async def test_the_worker_looks(database: Database, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import uuid
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,6 +21,7 @@ from labeling.settings import LabelingSettings, MetricSettings
 from labeling.settling import settle
 from labeling.tables import (
     Annotation,
+    EntryProgress,
     Exchange,
     Feedback,
     FeedbackKind,
@@ -34,6 +36,7 @@ from service.app import assemble, create_app
 from service.routes.transfer import BadScale, scales_of, transfer_routes
 from service.transfer import own_rows
 from service.transfer.exporting import exported as stream
+from service.transfer.reading import exchange_id
 from tests.running import PROJECT, Service, count, rows, serving, settings_for
 from tests.unit.test_feedback import exchange, feedback, store
 from tests.unit.test_transfer_formats import CHAT, EPISODE, GENERATION, INFERENCE, LOGGED, SAID, SCORE
@@ -164,11 +167,47 @@ async def test_reporters_are_hashed(database: Database, admin: httpx.AsyncClient
     scores = [{**SCORE, "authorUserId": "ann"}, {**SCORE, "id": "sc2", "authorUserId": "bob"}]
     await imported(admin, [flag, own("feedback", by_hand), *scores])
     known = {row.id: row.reporter for row in await rows(database, Feedback)}
-    assert known["f1"] == known["f2"] == known["sc1"] != known["sc2"]
+    assert known["im_f1"] == known["f2"] == known["lf_sc1"] != known["lf_sc2"]
     assert all(str(reporter).startswith("rp_") for reporter in known.values())
     lines = await exported(admin)
     assert {line["row"]["reporter"] for line in lines if line.get("table") == "feedback"} == set(known.values())
     assert "reporter_salts" not in lines[-1]["end"]
+
+
+async def test_imported_feedback_is_found_by_the_id_that_it_had(database: Database, admin: httpx.AsyncClient) -> None:
+    """A UUID means the answer of POST /feedback first."""
+    flag = {"kind": "flag", "exchange_id": "c", "id": "f1"}
+    await imported(admin, [flag, SCORE, {**METRIC, "target_id": EPISODE}])
+
+    async def shown(given: str) -> str:
+        return str((await admin.get(f"/v1/feedback/{given}")).json()["id"])
+
+    ids = {"f1": "im_f1", "im_f1": "im_f1", "sc1": "lf_sc1", SAID: f"tz_{SAID}"}
+    assert {given: await shown(given) for given in ids} == ids
+    ours = f"fb_{uuid.UUID(SAID).hex}"
+    await store(database, feedback(completion_id="c", id=ours))
+    assert await shown(SAID) == ours
+    assert (await admin.get("/v1/feedback/f2")).status_code == 404
+
+
+async def test_imported_history_is_not_drawn_from(database: Database, admin: httpx.AsyncClient) -> None:
+    """A rule that draws from all traffic looked an hour ago: of an import it takes what happened since."""
+    hour = timedelta(hours=1)
+    looked_at = exchange_id(PROJECT, "newest", now() - hour)
+    async with database.write() as session:
+        session.add(EntryProgress(project=PROJECT, rule="everything", exchange_id=looked_at))
+    log = {"old": now() - 2 * hour, "new": now() - hour / 2}
+    said = {"role": "assistant", "content": "So."}
+    await imported(
+        admin,
+        [
+            {"messages": [{"role": "user", "content": what}, said], "created_at": at.isoformat()}
+            for what, at in log.items()
+        ],
+    )
+    rule = LabelingSettings.model_validate({"held_out_share": 0, "entry": {"everything": 1.0}})
+    await fold(database, PROJECT, rule)
+    assert [item.messages[0]["content"] for item in await rows(database, ReviewItem)] == ["new"]
 
 
 async def test_a_trace_score_is_of_its_last_generation(database: Database, admin: httpx.AsyncClient) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from labeling.database import new_id, now
+from labeling.entry import OWN_RULES, way
+from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind
+from service.routes.tensorzero import uuid7
 from service.transfer.lines import FORMATS, format_named, rows_of
-from service.transfer.reading import LineRefused, Options
+from service.transfer.reading import LineRefused, Options, exchange_id
 from tests.running import PROJECT
 
 OPTIONS = Options(PROJECT, scales={"stars": (1, 5), "errors": (10, 0)}, skip=frozenset({"noise"}))
@@ -81,7 +85,7 @@ def test_tensorzero_json_inference_and_tool_calls() -> None:
 def test_tensorzero_feedback() -> None:
     """Four tables of rows and the bodies of /feedback. A metric's target may be either: it is kept as both."""
     boolean = one({"id": SAID, "target_id": INFERENCE, "metric_name": "solved", "value": False, "tags": {"who": "x"}})
-    assert (boolean.id, boolean.kind, boolean.value) == (SAID, FeedbackKind.RATING, False)
+    assert (boolean.id, boolean.kind, boolean.value) == (f"tz_{SAID}", FeedbackKind.RATING, False)
     assert (boolean.completion_id, boolean.session_id) == (INFERENCE, INFERENCE)
     assert boolean.tags == {"tensorzero::metric_name": "solved", "who": "x"}
     number = one({"id": SAID, "target_id": EPISODE, "metric_name": "stars", "value": 2})
@@ -129,6 +133,7 @@ def test_openai_pairs() -> None:
     assert (one(batch).request_id, one(batch).completion_id) == ("b7", "chatcmpl-1")
     nameless = {"request": LOGGED["request"], "response": {**LOGGED["response"], "id": None}}
     assert one(nameless).completion_id == one(nameless).completion_id != "chatcmpl-1"
+    assert one(nameless).completion_id.startswith("im_")
     said = {"messages": [*LOGGED["request"]["messages"], {"role": "assistant", "content": "Hello"}]}  # type: ignore[misc]
     assert (one(said).messages, one(said).answers) == (LOGGED["request"]["messages"], ["Hello"])
 
@@ -158,7 +163,7 @@ GENERATION = {
 
 def test_langfuse_scores() -> None:
     """Both spellings; by observation, trace or session; each type as the kind of feedback that it is."""
-    assert (one(SCORE).id, one(SCORE).value, one(SCORE).request_id) == ("sc1", 0.5, "t1")
+    assert (one(SCORE).id, one(SCORE).value, one(SCORE).request_id) == ("lf_sc1", 0.5, "t1")
     assert one(SCORE).created_at == datetime(2024, 5, 29, 13, 46, 19, 963000, tzinfo=UTC)
     snake = {"id": "sc2", "name": "stars", "source": "ANNOTATION", "trace_id": "t1", "observation_id": "o1"}
     row = one({**snake, "data_type": "NUMERIC", "value": 5, "string_value": None, "comment": "good"})
@@ -197,8 +202,38 @@ def test_an_api_page_and_a_list_are_many_rows() -> None:
 def test_feedback_bodies() -> None:
     """As POST /v1/feedback takes them, with an id and a time of their own."""
     body = {"kind": "flag", "exchange_id": "c", "reasons": ["wrong"], "id": "f1", "created_at": 1_700_000_000_000}
-    assert (one(body).id, one(body).completion_id, one(body).reasons) == ("f1", "c", ["wrong"])
+    assert (one(body).id, one(body).completion_id, one(body).reasons) == ("im_f1", "c", ["wrong"])
     assert one(body).created_at == datetime.fromtimestamp(1_700_000_000, UTC)
+    for ours in (new_id("fb"), f"fb_{uuid7().hex}"):
+        assert one({**body, "id": ours}).id == ours
+    assert one({**body, "id": None}).id == one({**body, "id": None}).id != one({**body, "id": None, "choice": 1}).id
+    assert one({**body, "id": None}).id.startswith("im_")
+
+
+@pytest.mark.parametrize("given", ["7", "sa_7", "lp_7", "fb_7"])
+def test_one_id_of_several_tools_is_several(given: str) -> None:
+    """And none is taken for feedback of our own, which enters the queue by rules that nobody else may call on."""
+    metric = {"id": given, "target_id": EPISODE, "metric_name": "solved", "value": False}
+    found = [one({**row, "id": given}) for row in (metric, SCORE, {"kind": "flag", "exchange_id": "c"})]
+    assert [row.id for row in found] == [f"{prefix}{given}" for prefix in ("tz_", "lf_", "im_")]
+    assert not [row for row in found if way(row, LabelingSettings())[1] in OWN_RULES.values()]
+
+
+def test_a_row_without_an_id_is_of_no_made_up_time() -> None:
+    """One hash in sixty-four reads as a UUID of version 7, which would say when it was."""
+    body = {"metric_name": "demonstration", "inference_id": INFERENCE}
+    assert all(now() - one({**body, "value": str(n)}).created_at < timedelta(minutes=1) for n in range(400))
+
+
+@pytest.mark.parametrize("made", [LOGGED, CHAT, GENERATION], ids=["openai", "tensorzero", "langfuse"])
+def test_imported_exchanges_sort_by_their_own_time(made: dict[str, Any]) -> None:
+    """As ids that we make do; the same exchange has the same one, of two projects two."""
+    found = one(made)
+    before, after = (found.created_at + timedelta(milliseconds=step) for step in (-1, 1))
+    bounds = [f"ex_{int(at.timestamp() * 1000):011x}" for at in (before, after)]
+    assert bounds[0] < found.id < bounds[1]
+    assert len(found.id) == len(new_id("ex"))
+    assert one(made).id == found.id != exchange_id("other", found.completion_id, found.created_at)
 
 
 REFUSED: list[tuple[Any, str]] = [
