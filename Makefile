@@ -67,7 +67,8 @@ check: .venv/.installed
 bench: setup names .venv-bench/.installed
 	@.venv/bin/nightschool bench all $(BENCH_ARGS)
 
-# Random models of real shapes through the trainer's own process; the 8B one takes 16 GB of disk.
+# Random models of real shapes through the trainer's own process; the 8B one takes 16 GB of disk. `night` takes a real one,
+# and vLLM, too: make setup-gpu.
 bench-gpu: .venv-unsloth/.installed
 	@.venv-unsloth/bin/python deploy/gpu-bench/bench.py $(BENCH_ARGS)
 
@@ -115,7 +116,7 @@ setup-gpu: .venv-gpu/.installed .venv-unsloth/.installed .venv-label-studio/.ins
 
 .venv-gpu/.installed: pyproject.toml $(wildcard $(GPU)/*.txt) | $(UV)
 	@$(call environment,.venv-gpu)
-	$(UV) pip install --python .venv-gpu/bin/python -e '.[train,evaluate,serve,registry-server]' --group dev \
+	$(UV) pip install --python .venv-gpu/bin/python -e '.[train,evaluate,serve,registry-server,demo]' --group dev \
 	  --overrides $(GPU)/overrides.txt -c $(GPU)/constraints.txt
 	@touch $@
 

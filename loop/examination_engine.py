@@ -11,12 +11,15 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from labeling.errors import Unavailable
 from loop.engine_process import HOST, engine_command, engine_environment
 from loop.settings import EngineSettings, ProjectSettings
-from loop.stage import StageContext
 from loop.vllm import EngineUnavailable, Replica
+
+if TYPE_CHECKING:
+    from loop.stage import StageContext  # with all outside systems; an engine alone needs none
 
 INHERITED = (
     *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD"),

@@ -3,7 +3,7 @@
     python deploy/gpu-bench/bench.py [--only check,qlora,…] [--minutes 9] [--out DIR] [--tiny]
 
 One JSON line a figure on stdout and in DIR/figures.jsonl. `--tiny` runs all of it on a CPU, with peft and a model of
-two small layers: the figures then mean nothing.
+two small layers: the figures then mean nothing. Only `night`, which needs a real model, is left out of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ class Bench:
     def compare(self, name: str, value: float, bar: float) -> None:
         self.tell(name, value=round(value, 3), bar=bar, reached=value >= bar)
 
-    def tell(self, name: str, **figures: Any) -> None:
-        line = json.dumps({"bench": name} | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()})
+    def tell(self, bench: str, **figures: Any) -> None:
+        line = json.dumps(
+            {"bench": bench} | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+        )
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
         with (self.out / "figures.jsonl").open("a") as file:
@@ -221,6 +224,27 @@ def profile(b: Bench) -> Part:
     yield from (large, chat, tiny)
 
 
+def night(b: Bench) -> Part:
+    """Real facts, a real model, the default recipe, and vLLM, which has an environment of its own."""
+
+    def real() -> None:
+        own = HERE.parents[1] / ".venv-gpu" / "bin" / "python"
+        if b.tiny or not (own.exists() or find_spec("vllm")):
+            why = "a random model knows nothing" if b.tiny else "there is no vLLM here: make setup-gpu"
+            b.tell("night", left_out=why)
+            return
+        engine, folder = str(own) if own.exists() else sys.executable, b.out / "night"
+        command = [engine, str(HERE / "real_night.py"), "--trainer-python", sys.executable, "--out", str(folder)]
+        command += ["--backends", "unsloth,peft", "--minutes", str(b.seconds_left() / 60)]
+        child = subprocess.run(command, capture_output=True, timeout=b.seconds_left() + 60, check=False, text=True)
+        for line in child.stdout.splitlines():
+            b.tell(**json.loads(line))
+        if child.returncode:
+            raise RuntimeError(child.stderr[-1500:] or f"a training failed; the logs are in {folder}")
+
+    yield real
+
+
 PARTS = {
     "check": check,
     "qlora": qlora,
@@ -228,6 +252,7 @@ PARTS = {
     "chats": chats,
     "small": small,
     "profile": profile,
+    "night": night,
 }
 
 
