@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -33,25 +34,35 @@ def agree(
     """None while too few people have spoken.
 
     Accepted is what at least `people_needed` people say and more than half of all who spoke: a third person settles
-    the dispute of two.
+    the dispute of two. In which order annotations are given changes nothing; in which order people spoke, only whose
+    wording is taken of several that count alike: the last.
     """
     spoken = last_of_each_person(annotations)
     if len(spoken) < people_needed:
         return None
     annotators = tuple(sorted(annotation.annotator for annotation in spoken))
-    agreed = max(([other for other in spoken if say_the_same(one, other)] for one in spoken), key=len)
-    if len(agreed) < people_needed or len(agreed) * 2 <= len(spoken):
+    agreeing = [[other for other in spoken if say_the_same(one, other)] for one in spoken]
+    most = max(map(len, agreeing))
+    if most < people_needed or most * 2 <= len(spoken):
         reason = "people differ: " + "; ".join(f"{one.annotator}: {_summary(one)}" for one in spoken)
-        return Outcome(LabelState.DISPUTED, _verdict(spoken[-1]), annotators, reason=reason, overlap=len(agreed))
+        return Outcome(LabelState.DISPUTED, _verdict(spoken[-1]), annotators, reason=reason, overlap=most)
     shown = (flagged_answer,) if other_answer is None else (flagged_answer, other_answer)
-    return _judged(shown, agreed, annotators)
+    # Two who agree with a third need not agree with each other: only the third one's words hold what both ask for.
+    speaking = [(one, group) for one, group in zip(spoken, agreeing, strict=True) if len(group) == most]
+    judged = [_judged(shown, one, group, annotators) for one, group in speaking]
+    return next((one for one in reversed(judged) if one.state is LabelState.ACCEPTED), judged[-1])
 
 
 def last_of_each_person(annotations: Iterable[Annotation]) -> list[Annotation]:
-    """Skipped and deleted ones don't speak; the free edition lets one person annotate a task twice."""
+    """By their moment. Skipped and deleted ones don't speak; the free edition lets one person annotate a task twice."""
     live = [annotation for annotation in annotations if not (annotation.deleted or annotation.cancelled)]
-    live.sort(key=lambda annotation: (annotation.updated_at, annotation.annotation_id))
-    return list({annotation.annotator: annotation for annotation in live}.values())
+    live.sort(key=_moment)
+    return sorted({annotation.annotator: annotation for annotation in live}.values(), key=_moment)
+
+
+def _moment(annotation: Annotation) -> tuple[datetime, int, int]:
+    """Numbers repeat where Label Studio's project was made again."""
+    return annotation.updated_at, annotation.labelling_project, annotation.annotation_id
 
 
 def _verdict(annotation: Annotation) -> Verdict:
@@ -76,14 +87,16 @@ def _summary(annotation: Annotation) -> str:
     return f"{annotation.verdict or 'no verdict'}{f' “{correction[:80]}”' if correction else ''}"
 
 
-def _judged(shown: tuple[str, ...], agreed: Sequence[Annotation], annotators: tuple[str, ...]) -> Outcome:
-    last = agreed[-1]
-    verdict = _verdict(last)
-    correction = last.correction if verdict in CORRECTING else None
+def _judged(
+    shown: tuple[str, ...], speaking: Annotation, agreed: Sequence[Annotation], annotators: tuple[str, ...]
+) -> Outcome:
+    """What `speaking` says, with the words that all ask for who agree with it."""
+    verdict = _verdict(speaking)
+    correction = speaking.correction if verdict in CORRECTING else None
     if verdict is Verdict.UNSAFE and correction and _is_one_of(correction, shown):
         correction = None  # the prefilled text, left as it was: there is no safe answer yet
     wanted = tuple(dict.fromkeys(entry for annotation in agreed for entry in annotation.must_contain))
-    reason = _refusal(shown, last, correction, wanted)
+    reason = _refusal(shown, speaking, correction, wanted)
     state = LabelState.REFUSED if reason else LabelState.ACCEPTED
     return Outcome(state, verdict, annotators, correction, wanted, reason, len(agreed))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import combinations_with_replacement, permutations
+from random import Random
 from typing import Any
 
 import pytest
@@ -126,6 +128,95 @@ def test_the_words_of_all_who_agree_count() -> None:
         people=2,
     )
     assert sorted(found.must_contain) == ["Paris", "of course"]
+
+
+def test_who_agrees_with_both_speaks_for_both() -> None:
+    """Ann and Cid each ask for a word that the other lacks; Bob says both, whenever he does."""
+    ann = said("ann", "wrong", "Paris.", must_contain=["Paris"], number=1)
+    cid = said("cid", "wrong", "In France.", must_contain=["France"], number=3)
+    for when in (0, 2, 4):
+        found = outcome(ann, said("bob", "wrong", "Paris, in France.", number=when), cid, people=2)
+        assert (found.state, found.correction, found.overlap) == (LabelState.ACCEPTED, "Paris, in France.", 3)
+        assert set(found.must_contain) == {"Paris", "France"}
+
+
+def test_the_last_wording_of_those_who_agree_is_taken() -> None:
+    """Who annotates again speaks last."""
+    first = said("ann", "wrong", "Paris it was.", must_contain=["Paris"], number=1)
+    again = said("ann", "wrong", "Paris it is.", must_contain=["Paris"], number=3)
+    bob = said("bob", "wrong", "It's Paris.", number=2)
+    assert outcome(first, bob, people=2).correction == "It's Paris."
+    assert outcome(first, again, bob, people=2).correction == "Paris it is."
+
+
+def test_of_two_ways_to_agree_the_one_that_can_be_trained_on_counts() -> None:
+    """Three agree with Bob, who said word for word what Ann did, without the word that she asks for; three with Cid."""
+    people = [
+        said("ann", "wrong", "Paris, France.", must_contain=["Lyon"]),
+        said("bob", "wrong", "Paris, France."),
+        said("cid", "wrong", "Paris.", must_contain=["Paris"]),
+        said("dan", "wrong", "Paris, Europe."),
+    ]
+    for days, last in enumerate(people, start=1):
+        last.updated_at += timedelta(days=days)
+        found = outcome(*people, people=2)
+        assert (found.state, found.correction, found.overlap) == (LabelState.ACCEPTED, "Paris.", 3), last.annotator
+
+
+def test_one_number_in_two_projects_is_two_annotations() -> None:
+    """Label Studio's project was made again and counts from its start; of one moment, the later project's is taken."""
+    old = said("ann", "wrong", "Nice.", number=1)
+    new = said("ann", "wrong", "Paris.", number=1)
+    new.labelling_project = 2
+    assert outcome(old, new).correction == outcome(new, old).correction == "Paris."
+
+
+TEXTS = ("Paris", "France", "Paris France", "Paris France Lyon", "Lyon")
+ASKED: tuple[list[str], ...] = ([], [], ["Paris"], ["France"], ["Lyon"])
+
+
+@st.composite
+def annotated(draw: st.DrawFn) -> list[Annotation]:
+    """Few people, texts, words and moments, so that they often agree by half, tie, or say two things at one moment."""
+    keys = draw(st.lists(st.tuples(st.sampled_from([1, 2]), st.integers(-1, 3)), unique=True, min_size=3, max_size=7))
+    return [
+        Annotation(
+            labelling_project=project,
+            annotation_id=number,
+            item_id="it_1",
+            annotator=draw(st.sampled_from(["ann", "bob", "cid", "dan"])),
+            verdict=draw(st.sampled_from(["wrong"] * 6 + ["good", "unsafe", None])),
+            correction=draw(st.sampled_from(TEXTS)),
+            must_contain=draw(st.sampled_from(ASKED)),
+            cancelled=draw(st.sampled_from([False] * 6 + [True])),
+            updated_at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=draw(st.integers(0, 2))),
+        )
+        for project, number in keys
+    ]
+
+
+@given(annotated(), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_the_order_of_annotations_changes_nothing(opinions: list[Annotation], people: int, dice: Random) -> None:
+    """Databases return rows in any order, also two of one moment, or with one number in two projects."""
+    shuffled = dice.sample(opinions, len(opinions))
+    assert agree("Lyon", shuffled, people) == agree("Lyon", opinions, people)
+
+
+def test_who_spoke_first_does_not_decide() -> None:
+    """Whatever three people say, only the wording that is taken may change with the order in which they spoke."""
+    opinions: list[tuple[str, str, list[str]]] = [("wrong", text, asked) for text in TEXTS for asked in ASKED[1:]]
+    opinions += [("good", FLAGGED, []), ("unsafe", "Paris", ["Paris"])]
+    for three in combinations_with_replacement(opinions, 3):
+        seen = set()
+        for order in permutations((1, 2, 3)):
+            rows = [
+                said(who, verdict, text, must_contain=asked, number=at)
+                for who, (verdict, text, asked), at in zip(("ann", "bob", "cid"), three, order, strict=True)
+            ]
+            found = outcome(*rows, people=2)
+            verdict = None if found.state is LabelState.DISPUTED else found.verdict
+            seen.add((found.state, found.annotators, found.overlap, verdict))
+        assert len(seen) == 1, (three, seen)
 
 
 @pytest.mark.parametrize(
