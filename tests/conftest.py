@@ -83,7 +83,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _heavy(item: pytest.Item) -> bool:
-    return any(name in getattr(item, "fixturenames", ()) for name in HEAVY)
+    """By what it asks for, or, where one of several kinds does, by the mark of that kind."""
+    asked = any(name in getattr(item, "fixturenames", ()) for name in HEAVY)
+    return asked or item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 from loop.nightly import EXAMINE, PROMOTE
 from loop.stage import Stage
 from loop.states import MOVES
+from service.bench import promises
 from service.problems import STATUS
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def problems() -> str:
     return "\n".join(["| error | status |", "|---|---|", *lines])
 
 
-BLOCKS = {"states": states, "stages": stages, "problems": problems}
+BLOCKS = {"states": states, "stages": stages, "problems": problems, "figures": promises.table}
 
 
 def rendered(text: str) -> str:

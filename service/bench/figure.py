@@ -17,7 +17,7 @@ class Bar(StrEnum):
 
 @dataclass(frozen=True)
 class Figure:
-    """`value` is a ratio or a count, never an absolute time: machines differ. `detail` says what was seen.
+    """`value` is a ratio or a count, not a time, where it can be helped: machines differ. `detail` says what was seen.
 
     A `value` of nan is a figure that was not measured, and `detail` says why: no bar is met by it.
     """

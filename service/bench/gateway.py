@@ -12,14 +12,14 @@ from statistics import median
 import httpx
 
 from labeling.errors import NightschoolError
-from service.bench.figure import Bar, Figure, Say
+from service.bench.figure import Figure, Say
 from service.bench.gateway_servers import Servers, Side, measure, servers
 from service.bench.load import Seen
+from service.bench.promises import held, not_measured
 
 CONNECTIONS = 32
 STREAMS = 64
-NOT_MEASURED = float("nan")
-NO_LITELLM = "not measured: LiteLLM's environment .venv-bench is missing; `make bench` installs it"
+NO_LITELLM = "LiteLLM's environment .venv-bench is missing; `make bench` installs it"
 
 
 class SideFailed(NightschoolError):
@@ -120,24 +120,19 @@ def _request_figures(seen: Mapping[str, Sequence[Seen]], captured: Captured) -> 
     ours, bare, litellm = seen["gateway"], seen["pass-through"], seen.get("LiteLLM")
     kept = f"{captured.stored:,} exchanges stored, {captured.dropped:,} dropped"
     kept = f"{kept}, {captured.most_waiting:,} at most waiting when the load ended"
-    against_bare = Figure(
+    against_bare = held(
         "gateway_vs_bare_passthrough",
         _rate(ours) / _rate(bare),
-        0.7,
-        detail=f"gateway {_told(ours)}; pass-through {_told(bare)}; {kept}",
+        f"gateway {_told(ours)}; pass-through {_told(bare)}; {kept}",
     )
     if litellm is None:
-        return [
-            Figure("gateway_vs_litellm_rps", NOT_MEASURED, 30, detail=NO_LITELLM),
-            against_bare,
-            Figure("gateway_p99_vs_litellm_p50", NOT_MEASURED, 0.2, Bar.AT_MOST, NO_LITELLM),
-        ]
+        return [against_bare, *not_measured(("gateway_vs_litellm_rps", "gateway_p99_vs_litellm_p50"), NO_LITELLM)]
     told = f"gateway {_told(ours)}; LiteLLM {_told(litellm)}"
     slowest, typical = _percentile(ours, 0.99), _percentile(litellm, 0.5)
     return [
-        Figure("gateway_vs_litellm_rps", _rate(ours) / _rate(litellm), 30, detail=told),
+        held("gateway_vs_litellm_rps", _rate(ours) / _rate(litellm), told),
         against_bare,
-        Figure("gateway_p99_vs_litellm_p50", slowest / typical, 0.2, Bar.AT_MOST, told),
+        held("gateway_p99_vs_litellm_p50", slowest / typical, told),
     ]
 
 
@@ -149,7 +144,7 @@ def _stream_figure(paced: Mapping[str, Sequence[Seen]], flat_out: Mapping[str, S
         f" {direct[0]:,.0f} direct; from an engine without pace {through[1]:,.0f} and {direct[1]:,.0f}"
         f" ({through[1] / direct[1]:.2f})"
     )
-    return Figure("gateway_stream_vs_direct", through[0] / direct[0], 0.97, detail=detail)
+    return held("gateway_stream_vs_direct", through[0] / direct[0], detail)
 
 
 def _rate(seen: Sequence[Seen]) -> float:

@@ -30,16 +30,16 @@ from labeling.exchanges import record
 from labeling.tables import Exchange, Feedback
 from service import migrations
 from service.bench import ingest_postgres
-from service.bench.figure import Bar, Figure, Say
+from service.bench.figure import Figure, Say
 from service.bench.http_load import Spec, spec_as_json
 from service.bench.ingest_server import PROJECT, Mode
+from service.bench.promises import held
 
 CONNECTIONS = 64
 BODY_BYTES = 1024
 EXCHANGES = 1_000
 ROUNDS = 6
 SECONDS = 2.5
-BARS = {Mode.PER_ROW: 3.0, Mode.ACK_FIRST: 0.85, Mode.NO_STORAGE: 0.6}
 NAMES = {
     Mode.PER_ROW: "durable_vs_per_row_commit",
     Mode.ACK_FIRST: "durable_vs_ack_first",
@@ -83,18 +83,18 @@ def _routes(folder: Path, say: Say) -> Iterator[Figure]:
                     server.rates.append(rate)
         durable = servers[Mode.DURABLE]
         for mode, name in NAMES.items():
-            yield _ratio(name, durable, servers[mode], BARS[mode])
+            yield _ratio(name, durable, servers[mode])
     storing = [server for mode, server in servers.items() if mode is not Mode.NO_STORAGE]
     stored = {server.mode: asyncio.run(_stored(server.url)) for server in storing}
     yield _missing(servers, stored)
 
 
-def _ratio(name: str, ours: Server, theirs: Server, bar: float) -> Figure:
+def _ratio(name: str, ours: Server, theirs: Server) -> Figure:
     """The median over the rounds, each compared within itself."""
     ratios = [mine / other for mine, other in zip(ours.rates, theirs.rates, strict=True)]
     seen = f"{statistics.median(ours.rates):.0f} against {statistics.median(theirs.rates):.0f} requests/s"
     spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds"
-    return Figure(name, statistics.median(ratios), bar, detail=f"{seen}; {spread}")
+    return held(name, statistics.median(ratios), f"{seen}; {spread}")
 
 
 def _missing(servers: dict[Mode, Server], stored: dict[Mode, list[str]]) -> Figure:
@@ -102,7 +102,7 @@ def _missing(servers: dict[Mode, Server], stored: dict[Mode, list[str]]) -> Figu
     wrong = sum(abs(len(ids) - len(servers[mode].ids)) for mode, ids in stored.items())
     wrong += sum(len(set(ids) ^ set(servers[mode].ids)) for mode, ids in stored.items())
     seen = ", ".join(f"{mode} {len(ids)}" for mode, ids in stored.items())
-    return Figure("rows_minus_acks", wrong, 0, Bar.EQUAL, f"rows: {seen}")
+    return held("rows_minus_acks", wrong, f"rows: {seen}")
 
 
 def database_url(folder: Path) -> str:

@@ -26,8 +26,9 @@ from labeling.new_feedback import NewFeedback
 from labeling.tables import Feedback, FeedbackKind
 from service import migrations, servers
 from service.bench import postgres
-from service.bench.figure import Bar, Figure, Say
+from service.bench.figure import Figure, Say
 from service.bench.ingest_server import PROJECT
+from service.bench.promises import held, not_measured
 from service.idempotency import Once
 from service.ingest import BATCH, IngestWriter, Submission
 from service.metrics import Metrics
@@ -39,7 +40,8 @@ BATCHES = 20
 PROCESSES = 4
 KEYS = 4_000  # shared by the processes, each in an order of its own
 START_SECONDS = 60.0
-BAR = 15.0
+BATCHES_PAY = "postgres_batch_vs_single"
+TOGETHER, DEADLOCKS = "postgres_processes_rows_minus_acks", "postgres_deadlocks"
 
 
 def run(say: Say) -> list[Figure]:
@@ -49,7 +51,7 @@ def run(say: Say) -> list[Figure]:
             return [asyncio.run(_batches(url, say)), *_processes(url, say)]
     except postgres.NoPostgres as missing:
         say(f"PostgreSQL is not measured: {missing}")
-        return [Figure("postgres_batch_vs_single", 0, BAR, detail=f"not measured: {missing}")]
+        return not_measured((BATCHES_PAY, TOGETHER, DEADLOCKS), str(missing))
 
 
 @contextmanager
@@ -89,7 +91,7 @@ async def _batches(url: str, say: Say) -> Figure:
     ratios = [many / one for many, one in zip(together[1:], alone[1:], strict=True)]
     seen = f"{statistics.median(together[1:]):.0f} against {statistics.median(alone[1:]):.0f} rows/s"
     spread = f"batches of {BATCH}; {min(ratios):.1f} to {max(ratios):.1f} over {ROUNDS} rounds"
-    return Figure("postgres_batch_vs_single", statistics.median(ratios), BAR, detail=f"{seen}; {spread}")
+    return held(BATCHES_PAY, statistics.median(ratios), f"{seen}; {spread}")
 
 
 async def _singles(connection: asyncpg.Connection, database: Database) -> float:
@@ -144,8 +146,8 @@ def _processes(url: str, say: Say) -> Iterator[Figure]:
     failed = sum(one["failed"] for one in told)
     wrong = sum(len(ids ^ answered[0]) for ids in answered) + len(rows ^ answered[0]) + abs(keys - KEYS) + failed
     detail = f"{PROCESSES} processes, {KEYS} shared keys each: {len(rows)} rows, {failed} requests failed"
-    yield Figure("postgres_processes_rows_minus_acks", wrong, 0, Bar.EQUAL, detail)
-    yield Figure("postgres_deadlocks", deadlocks, 0, Bar.EQUAL, "by pg_stat_database")
+    yield held(TOGETHER, wrong, detail)
+    yield held(DEADLOCKS, deadlocks, "by pg_stat_database")
 
 
 async def _after(url: str) -> tuple[set[str], int, int]:

@@ -21,7 +21,8 @@ from labeling.tables import Label, LabelState, ReviewItem
 from loop.schedule import build_scheduler
 from service import servers
 from service.app import assemble, create_app
-from service.bench.figure import Bar, Figure, Say
+from service.bench.figure import Figure, Say
+from service.bench.promises import held
 from service.routes.hooks import hook_routes
 from service.servers import HOOK_HOST, LabelStudioLogin
 from service.settings import Settings
@@ -52,9 +53,8 @@ async def _run(say: Say) -> list[Figure]:
     seen = f"{len(hooked)} clicks: median {middle:.2f} s, longest {longest:.2f} s"
     by_poll = f"{len(polled)} clicks at random moments, poll_seconds = {POLL_SECONDS:g}: longest {max(polled):.2f} s"
     return [
-        Figure("label_seconds_by_webhook", longest, 2.0, Bar.AT_MOST, seen),
-        # The look itself takes a moment, hence the tenth.
-        Figure("label_poll_intervals_by_polling", max(polled) / POLL_SECONDS, 1.1, Bar.AT_MOST, by_poll),
+        held("label_seconds_by_webhook", longest, seen),
+        held("label_poll_intervals_by_polling", max(polled) / POLL_SECONDS, by_poll),
     ]
 
 

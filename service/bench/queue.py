@@ -22,7 +22,8 @@ from labeling.database import Database, new_id
 from labeling.feedback import fold
 from labeling.settings import LabelingSettings
 from labeling.tables import Exchange, Feedback, FeedbackKind
-from service.bench.figure import Bar, Figure, Say
+from service.bench.figure import Figure, Say
+from service.bench.promises import held
 
 FEW, MANY = 10_000, 1_000_000
 PROJECT = "bench"
@@ -53,7 +54,7 @@ async def _run(say: Say) -> list[Figure]:
         f"{level}: {with_few * 1e3:.1f} ms with {FEW:,}, {with_many * 1e3:.1f} ms with {MANY:,}"
         for level, (with_few, with_many) in seen.items()
     )
-    return [Figure("queue_1m_vs_10k", max(ratios.values()), 1.5, Bar.AT_MOST, f"median of {TURNS}; {detail}")]
+    return [held("queue_1m_vs_10k", max(ratios.values()), f"median of {TURNS}; {detail}")]
 
 
 async def _turns(few: Database, many: Database, settings: LabelingSettings, say: Say) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from labeling.selection import chosen, place
 from labeling.settings import SelectionSettings
 from labeling.tables import Chosen, ReviewItem
 from service.bench.figure import Figure, Say
+from service.bench.promises import held
 from service.bench.selection_world import Company, Floats, Learner, generate
 
 COMPANIES = 12
@@ -75,11 +76,10 @@ def _figure(name: str, runs: Mapping[str, Sequence[Run]], policy: str) -> Figure
     ratio, low, high = saving(runs["random"], runs[policy], target)
     seen = {which: [labels_needed(one, target) for one in runs[which]] for which in ("random", policy)}
     needed = "; ".join(f"{which} {_told(found)}" for which, found in seen.items())
-    return Figure(
+    return held(
         name,
         ratio,
-        1.0,
-        detail=f"labels for {100 * target:.0f} % mended: {needed}; 95 % interval of the ratio {low:.2f} to {high:.2f}, "
+        f"labels for {100 * target:.0f} % mended: {needed}; 95 % interval of the ratio {low:.2f} to {high:.2f}, "
         f"{len(runs[policy])} companies",
     )
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from labeling.errors import InvalidInput
 from service.bench.figure import Figure, Say
+from service.bench.promises import whole
 
 # name -> module of service.bench; each has `run(say) -> list[Figure]`.
 BENCHES: dict[str, str] = {
@@ -33,7 +34,7 @@ def run(name: str, *, as_json: bool) -> None:
     if name != "all" and name not in BENCHES:
         raise UnknownBench(f"there is no bench {name!r}", hint=f"One of: all, {', '.join(sorted(BENCHES))}.")
     wanted = sorted(BENCHES) if name == "all" else [name]
-    figures = [figure for bench in wanted for figure in _bench(bench)(_say)]
+    figures = [figure for bench in wanted for figure in whole(bench, _bench(bench)(_say))]
     if as_json:
         print(json.dumps([figure.as_json() for figure in figures], indent=1))
         return

@@ -1,4 +1,6 @@
-"""What the labelling side relies on, shown on the real Label Studio: directly, and through the proxy of the faults."""
+"""What the labelling side relies on, shown on the real Label Studio and on the small one of the tests: directly, and
+through the proxy of the faults.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import json
 import secrets
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,31 +23,57 @@ from labeling.labeling_screen import SCREEN, Opinion, as_result, read_result, ta
 from labeling.tables import ReviewItem
 from service.servers import HOOK_HOST
 from tests.fakes.label_studio import LabelStudioProxy, label_studio_proxy
+from tests.fakes.label_studio_server import TOKEN, fake_label_studio
 from tests.running import serving
 
 WRONG = as_result(Opinion("wrong", "The right answer.", ("right", "a|b")))
 
 
-@pytest.fixture(params=["direct", "proxy"])
-async def url(request: pytest.FixtureRequest, label_studio: Any) -> AsyncIterator[str]:
-    if request.param == "direct":
-        yield label_studio.url
+@dataclass(frozen=True)
+class Studio:
+    url: str
+    token: str
+
+
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.slow), "fake"])
+def real(request: pytest.FixtureRequest) -> Studio | None:
+    """None: the fake. Not async, because the real one is waited for with a loop of its own."""
+    if request.param == "fake":
+        return None
+    found = request.getfixturevalue("label_studio")
+    return Studio(found.url, found.token)
+
+
+@pytest.fixture
+async def studio(real: Studio | None) -> AsyncIterator[Studio]:
+    if real is not None:
+        yield real
         return
-    async with label_studio_proxy(label_studio.url) as (url, _):
+    async with fake_label_studio() as (url, _):
+        yield Studio(url, TOKEN)
+
+
+@pytest.fixture(params=["direct", "proxy"])
+async def url(request: pytest.FixtureRequest, studio: Studio) -> AsyncIterator[str]:
+    """`proxy`: that of the faults, without any."""
+    if request.param == "direct":
+        yield studio.url
+        return
+    async with label_studio_proxy(studio.url) as (url, _):
         yield url
 
 
 @pytest.fixture
-async def server(url: str, label_studio: Any) -> AsyncIterator[LabelStudioServer]:
-    server = LabelStudioServer(url, label_studio.token)
+async def server(url: str, studio: Studio) -> AsyncIterator[LabelStudioServer]:
+    server = LabelStudioServer(url, studio.token)
     yield server
     await server.close()
 
 
 @pytest.fixture
-async def proxied(label_studio: Any) -> AsyncIterator[tuple[LabelStudioServer, LabelStudioProxy]]:
-    async with label_studio_proxy(label_studio.url) as (url, proxy):
-        server = LabelStudioServer(url, label_studio.token, timeout_seconds=1)
+async def proxied(studio: Studio) -> AsyncIterator[tuple[LabelStudioServer, LabelStudioProxy]]:
+    async with label_studio_proxy(studio.url) as (url, proxy):
+        server = LabelStudioServer(url, studio.token, timeout_seconds=1)
         yield server, proxy
         await server.close()
 

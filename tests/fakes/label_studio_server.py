@@ -1,12 +1,12 @@
 """A small Label Studio on a real port: the paths, bodies and quirks that the product relies on, of 1.23's free edition.
 
-For tests that need many tasks, or faults that the real one can't be brought to. What it says of itself is held to the
-real one by the contract suite, which runs over both. Not here: pages, sign-up, permissions, drafts.
+For tests that need many tasks, or faults that the real one can't be brought to. It is held to the real one by the
+contract suite (`tests/contract/test_label_studio.py`), which runs over both. Not here: pages for people, permissions,
+and what the suite does not ask for.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -16,18 +16,15 @@ from itertools import count
 from typing import Any
 from xml.etree import ElementTree
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from aiohttp import web
+
+from tests.fakes.label_studio_filters import WHEN, fits
+from tests.fakes.label_studio_hooks import Refused, Webhooks
+from tests.fakes.label_studio_people import NEEDS_NO_TOKEN, PERSON, REFRESH, SIGN_UP, TOKEN_OF_SESSION, People
 
 TOKEN = "f" * 40
 EMAIL = "labeller@example.org"
-WHEN = "%Y-%m-%dT%H:%M:%S.%fZ"
 Row = dict[str, Any]
-
-
-class Refused(Exception):
-    def __init__(self, status: int, **body: Any) -> None:
-        super().__init__(str(body))
-        self.status, self.body = status, body
 
 
 @dataclass
@@ -38,23 +35,18 @@ class FakeLabelStudio:
     tasks: dict[int, Row] = field(default_factory=dict)
     annotations: dict[int, Row] = field(default_factory=dict)
     predictions: dict[int, Row] = field(default_factory=dict)
-    webhooks: dict[int, Row] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.people = People(EMAIL, TOKEN)
         self._numbers = count(1)
-        self._calls: set[asyncio.Task[None]] = set()
+        self._before: dict[int, int] = {}  # person -> the task that they have before them
+        self.hooks = Webhooks(self._numbers)
 
     # projects
 
     async def version(self, _request: web.Request) -> Any:
         return {"release": "1.23.2", "edition": "Community"}
-
-    async def whoami(self, _request: web.Request) -> Any:
-        return {"id": 1, "email": EMAIL, "username": EMAIL}
-
-    async def users(self, _request: web.Request) -> Any:
-        return [{"id": 1, "email": EMAIL}]
 
     async def list_projects(self, request: web.Request) -> Any:
         rows = [self._project_row(row) for row in self.projects.values()]
@@ -101,8 +93,17 @@ class FakeLabelStudio:
         for row in rows:
             if missing := sorted(wanted - row["data"].keys()):
                 raise Refused(400, validation_errors={"data": [f'"{missing[0]}" key is expected in task data']})
-        made = [self.add_task(project["id"], **row) for row in rows]
+        made = [self._import(project["id"], row) for row in rows]
         return web.json_response({"task_count": len(made), "task_ids": made}, status=201)
+
+    def _import(self, project: int, row: Row) -> int:
+        """Everything else in it, its number first, is of where it came from."""
+        number = self.add_task(project, row["data"], row.get("meta"), row.get("predictions") or ())
+        for annotation in row.get("annotations") or ():
+            person = self.people.called((annotation.get("completed_by") or {}).get("email", ""))
+            given = {name: annotation[name] for name in ("result", "was_cancelled", "lead_time") if name in annotation}
+            self._annotate(number, person.id if person else 1, given)
+        return number
 
     def add_task(
         self, project: int, data: Any = None, meta: Any = None, predictions: Iterable[Row] = (), **columns: Any
@@ -120,7 +121,7 @@ class FakeLabelStudio:
         project = self._project(request.query["project"])["id"]
         query = json.loads(request.query.get("query", "{}"))
         conditions = query.get("filters", {}).get("items", [])
-        found = [task for task in self.tasks.values() if task["project"] == project and _fits(task, conditions)]
+        found = [task for task in self.tasks.values() if task["project"] == project and fits(task, conditions)]
         found.sort(key=lambda task: int(task["id"]))
         part = found[: int(request.query["page_size"])]
         return {"total": len(found), "tasks": [self._task_row(task, request.query["include"]) for task in part]}
@@ -137,25 +138,42 @@ class FakeLabelStudio:
         return task
 
     async def action(self, request: web.Request) -> Any:
-        self._project(request.query["project"])
-        assert request.query["id"] == "delete_tasks"
-        chosen = (await request.json())["selectedItems"]["included"]
-        for number in chosen:
-            self._forget(number)
-        return {"processed_items": len(chosen)}
+        project = self._project(request.query["project"])["id"]
+        chosen = (await request.json())["selectedItems"]
+        every = [task["id"] for task in self.tasks.values() if task["project"] == project]
+        numbers = [number for number in every if chosen["all"] or number in chosen["included"]]
+        for number in numbers:
+            match request.query["id"]:
+                case "delete_tasks":
+                    self._forget(number)
+                case "delete_tasks_annotations":
+                    self._drop(self.annotations, number)
+                    self.tasks[number]["updated_at"] = _now()
+                case "delete_tasks_predictions":
+                    self._drop(self.predictions, number)
+                case unknown:
+                    raise Refused(400, detail=f"no action {unknown}")
+        return {"processed_items": len(numbers)}
 
     async def next_task(self, request: web.Request) -> Any:
-        """The lowest score first, of those that this user has not annotated and that want somebody yet."""
-        project = self._project(request.match_info["id"])["id"]
+        """The lowest score first, of those that this person has not annotated and that want somebody yet: who has one
+        before them is somebody.
+        """
+        project, person = self._project(request.match_info["id"])["id"], request[PERSON].id
+        tasks = [task for task in self.tasks.values() if task["project"] == project]
         open_ = [
-            task
-            for task in self.tasks.values()
-            if task["project"] == project and len(self._annotations_of(task["id"])) < task["overlap"]
-            if not any(row["completed_by"] == 1 for row in self._annotations_of(task["id"]))
+            task for task in tasks if person not in (busy := self._busy(task, person)) and len(busy) < task["overlap"]
         ]
         if not open_:
-            raise Refused(404, detail="There are still some tasks to complete for the user 1, or none.")
-        return min(open_, key=lambda task: (self._score(task["id"]) or 0.0, task["id"]))
+            raise Refused(404, detail=f"There are still some tasks to complete for the user {person}, or none.")
+        chosen = min(open_, key=lambda task: (self._score(task["id"]) or 0.0, task["id"]))
+        self._before[person] = chosen["id"]
+        return chosen
+
+    def _busy(self, task: Row, asking: int) -> list[int]:
+        """Who has annotated it, and who else has it before them."""
+        others = [person for person, number in self._before.items() if number == task["id"] and person != asking]
+        return [*(row["completed_by"] for row in self._annotations_of(task["id"])), *others]
 
     def _task(self, number: Any) -> Row:
         if int(number) not in self.tasks:
@@ -165,18 +183,32 @@ class FakeLabelStudio:
     def _forget(self, number: int) -> None:
         self.tasks.pop(number, None)
         for rows in (self.annotations, self.predictions):
-            for row in [row for row in rows.values() if row["task"] == number]:
-                del rows[row["id"]]
+            self._drop(rows, number)
+
+    def _drop(self, rows: dict[int, Row], task: int) -> None:
+        for row in [row for row in rows.values() if row["task"] == task]:
+            del rows[row["id"]]
 
     # annotations and predictions
 
     async def annotate(self, request: web.Request) -> Any:
-        task, body = self._task(request.match_info["id"]), await request.json()
-        row = {"id": next(self._numbers), "task": task["id"], "completed_by": 1, "was_cancelled": False}
-        row |= {"lead_time": None, **body, "created_at": _now(), "updated_at": _now()}
-        self.annotations[row["id"]] = row
+        task, person = self._task(request.match_info["id"]), request[PERSON].id
+        row = self._annotate(task["id"], person, await request.json())
+        if self._before.get(person) == task["id"]:
+            del self._before[person]
         self._touched(task, "ANNOTATION_CREATED")
         return web.json_response(row, status=201)
+
+    def _annotate(self, task: int, person: int, given: Row) -> Row:
+        row: Row = {"id": next(self._numbers), "task": task, "completed_by": person, "was_cancelled": False}
+        row |= {"lead_time": None, **given, "created_at": _now(), "updated_at": _now()}
+        self.annotations[row["id"]] = row
+        return row
+
+    async def draft(self, request: web.Request) -> Any:
+        """Seen by nobody but whoever types it."""
+        task = self._task(request.match_info["id"])
+        return web.json_response({"id": next(self._numbers), "task": task["id"], **await request.json()}, status=201)
 
     async def edit(self, request: web.Request) -> Any:
         row = self._annotation(request.match_info["id"])
@@ -219,33 +251,9 @@ class FakeLabelStudio:
         scores = [row["score"] for row in self.predictions.values() if row["task"] == task]
         return sum(scores) / len(scores) if scores else None
 
-    # webhooks: one try each, and nobody waits for it
-
-    async def list_webhooks(self, request: web.Request) -> Any:
-        return [row for row in self.webhooks.values() if row["project"] == int(request.query["project"])]
-
-    async def make_webhook(self, request: web.Request) -> Any:
-        row = {**await request.json(), "id": next(self._numbers)}
-        self.webhooks[row["id"]] = row
-        return web.json_response(row, status=201)
-
-    async def change_webhook(self, request: web.Request) -> Any:
-        row = self.webhooks[int(request.match_info["id"])]
-        row.update(await request.json())
-        return row
-
-    async def delete_webhook(self, request: web.Request) -> Any:
-        if self.webhooks.pop(int(request.match_info["id"]), None) is None:
-            raise Refused(404, detail="No Webhook matches the given query.")
-        return web.Response(status=204)
-
     def _touched(self, task: Row, action: str) -> None:
         task["updated_at"] = _now()
-        for hook in self.webhooks.values():
-            if hook["project"] == task["project"] and hook["is_active"] and action in hook["actions"]:
-                call = asyncio.create_task(_tell(hook, action))
-                self._calls.add(call)
-                call.add_done_callback(self._calls.discard)
+        self.hooks.tell(task["project"], action)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._answer], client_max_size=2**26)
@@ -255,8 +263,14 @@ class FakeLabelStudio:
     def _routes(self) -> list[tuple[str, str, Callable[[web.Request], Any]]]:
         return [
             ("GET", "/api/version{_:/?}", self.version),
-            ("GET", "/api/current-user/whoami", self.whoami),
-            ("GET", "/api/users/", self.users),
+            ("GET", "/api/current-user/whoami", self.people.whoami),
+            ("GET", TOKEN_OF_SESSION, self.people.token_of_session),
+            ("GET", "/api/users/", self.people.listed),
+            ("GET", "/api/invite", self.people.invite),
+            ("GET", SIGN_UP, self.people.sign_up_page),
+            ("POST", SIGN_UP, self.people.sign_up),
+            ("POST", "/api/token/", self.people.make_personal),
+            ("POST", REFRESH, self.people.refresh),
             ("GET", "/api/projects{_:/?}", self.list_projects),
             ("POST", "/api/projects/", self.make_project),
             ("GET", "/api/projects/{id:[0-9]+}{_:/?}", self.show_project),
@@ -267,22 +281,25 @@ class FakeLabelStudio:
             ("GET", "/api/tasks", self.list_tasks),
             ("PATCH", "/api/tasks/{id:[0-9]+}", self.change_task),
             ("POST", "/api/tasks/{id:[0-9]+}/annotations/", self.annotate),
+            ("POST", "/api/tasks/{id:[0-9]+}/drafts", self.draft),
             ("PATCH", "/api/annotations/{id:[0-9]+}/", self.edit),
             ("DELETE", "/api/annotations/{id:[0-9]+}/", self.unannotate),
             ("POST", "/api/dm/actions", self.action),
             ("GET", "/api/predictions/", self.list_predictions),
             ("POST", "/api/predictions/", self.make_prediction),
             ("PATCH", "/api/predictions/{id:[0-9]+}/", self.change_prediction),
-            ("GET", "/api/webhooks/", self.list_webhooks),
-            ("POST", "/api/webhooks/", self.make_webhook),
-            ("PATCH", "/api/webhooks/{id:[0-9]+}/", self.change_webhook),
-            ("DELETE", "/api/webhooks/{id:[0-9]+}/", self.delete_webhook),
+            ("GET", "/api/webhooks/", self.hooks.listed),
+            ("POST", "/api/webhooks/", self.hooks.make),
+            ("PATCH", "/api/webhooks/{id:[0-9]+}/", self.hooks.change),
+            ("DELETE", "/api/webhooks/{id:[0-9]+}/", self.hooks.delete),
         ]
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
         self.requests.append((request.method, request.path))
-        if request.headers.get("Authorization") != f"Token {TOKEN}":
+        if (person := self.people.who_asks(request)) is not None:
+            request[PERSON] = person
+        elif request.path not in NEEDS_NO_TOKEN:
             return web.json_response({"detail": "Invalid token."}, status=401)
         try:
             answer = await handler(request)
@@ -297,42 +314,6 @@ def _now() -> str:
 
 def _values(screen: str) -> list[str]:
     return [value for element in ElementTree.fromstring(screen).iter() for value in element.attrib.values()]
-
-
-def _fits(task: Row, conditions: Iterable[Row]) -> bool:
-    return all(_OPERATORS[one["operator"]](_field(task, one["filter"]), one["value"]) for one in conditions)
-
-
-def _field(task: Row, name: str) -> Any:
-    value: Any = task
-    for part in name.removeprefix("filter:tasks:").split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _greater(value: Any, than: Any) -> bool:
-    """Times are compared as such. One without microseconds is an error here as it is there."""
-    if isinstance(than, int):
-        return bool(value > than)
-    limit = datetime.strptime(than, WHEN)
-    try:
-        return datetime.strptime(value, WHEN) > limit
-    except (TypeError, ValueError):  # a test's strange task
-        return False
-
-
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "greater": _greater,
-    "in_list": lambda value, among: value in among,
-}
-
-
-async def _tell(hook: Row, action: str) -> None:
-    try:
-        async with ClientSession(timeout=ClientTimeout(total=1)) as client:
-            await client.post(hook["url"], json={"action": action}, headers=hook["headers"])
-    except (ClientError, TimeoutError):
-        return  # it has one try
 
 
 @asynccontextmanager
