@@ -155,6 +155,8 @@ def test_the_run_digest_follows_what_decides_the_adapter(tmp_path: Path) -> None
     _write_rows(tmp_path, _row().model_dump())
     digest = run_digest(_spec(tmp_path))
     assert run_digest(_spec(tmp_path, out_dir=tmp_path / "other", threads=9)) == digest
+    limits = {"seconds": 60, "save_minutes": 1, "rate_scale": 0.5, "memory_share": 0.4}
+    assert run_digest(_spec(tmp_path, limits=limits)) == digest, "a roll back goes on from the run's own checkpoints"
     assert run_digest(_spec(tmp_path, schedule={"learning_rate": 0.01})) != digest
     _write_rows(tmp_path, _row(answer="did Ines").model_dump())
     assert run_digest(_spec(tmp_path)) != digest
