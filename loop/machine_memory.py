@@ -36,16 +36,22 @@ def this_machine() -> Machine:
 
 def host() -> Machine:
     flags = (PROC / "cpuinfo").read_text(encoding="ascii", errors="replace")
-    return Machine("cpu", "host memory", _meminfo("MemTotal"), available_bytes(), 2 if "avx512_bf16" in flags else 4)
+    return Machine("cpu", "host memory", meminfo("MemTotal"), available_bytes(), 2 if "avx512_bf16" in flags else 4)
 
 
 def available_bytes() -> int:
     """What could be allocated now without swapping, also inside a container with a limit."""
-    free = _meminfo("MemAvailable")
+    return available_memory()[0]
+
+
+def available_memory() -> tuple[int, str]:
+    """The same, and whose limit it is."""
+    free = meminfo("MemAvailable")
     limit, used = _number(CGROUP / "memory.max"), _number(CGROUP / "memory.current")
     if limit is None or used is None:
-        return free
-    return min(free, max(0, limit - used + _statistic(CGROUP / "memory.stat", "inactive_file")))
+        return free, "the machine's"
+    left = max(0, limit - used + _statistic(CGROUP / "memory.stat", "inactive_file"))  # the page cache gives way
+    return (left, "the container's limit") if left < free else (free, "the machine's")
 
 
 def oom_kills() -> int:
@@ -67,7 +73,8 @@ def _card() -> Machine | None:
         return None  # no card, or a driver that does not answer: the trainer will say what it finds
 
 
-def _meminfo(key: str) -> int:
+def meminfo(key: str) -> int:
+    """Bytes."""
     for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loop.adapter_files import read_base_config
 from loop.base_weights import read_weights
+from loop.machine_memory import available_memory
 from loop.plain_lora import BLOCK_OF, parameters
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look
@@ -28,8 +29,6 @@ BLOCK_BYTES, BLOCKS = 4 << 20, 8
 SECONDS_TO_MEASURE = 2.0
 LOAD_ROOM = 1.2  # beside the weights themselves
 PROCESS_BYTES = 2_000_000_000  # torch, its libraries, a batch
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 async def disk_room(look: Look) -> list[Finding]:
@@ -103,20 +102,3 @@ async def memory(look: Look) -> list[Finding]:
             told, hint="End what holds it (`ps aux --sort=-rss`), or raise the container's memory limit."
         )
     return [Finding(told)]
-
-
-def available_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> tuple[int, str]:
-    """Bytes that a new process may take: the machine's, or what the container's limit leaves of them."""
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in meminfo.read_text(encoding="ascii").splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    try:
-        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
-        left = int(limit) - used + int(stat.get("inactive_file", 0))  # the page cache gives way
-    except (OSError, ValueError):
-        return free, "the machine's"
-    return (left, "the container's limit") if left < free else (free, "the machine's")

@@ -20,12 +20,12 @@ from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably, write_jsonl
 from loop.trainers.axolotl_config import CONFIG, DATA, OUT, render
 from loop.trainers.checkpoints import forget_incomplete, last_complete
-from loop.trainers.child import NoBaseModel, limit_memory, live, load_tokenizer, stop_ids, versions
+from loop.trainers.child import limit_memory, live, load_tokenizer, stop_ids, unfinished, versions
 from loop.trainers.pace import Pace
 from loop.trainers.preference_rows import Unit, kto_weights, plan_units
 from loop.trainers.progress import Channel
-from loop.trainers.rows import Example, UnfitTemplate, plan_batches, tokenise
-from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, run_digest
+from loop.trainers.rows import Example, UnfitTemplate, plan_examples, tokenise
+from loop.trainers.spec import TrainResult, TrainSpec, read_rows
 
 IGNORED = -100  # as a label: no loss on this token
 
@@ -42,12 +42,9 @@ class NotByAxolotl(InvalidInput):
 
 def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
-    digest = run_digest(spec)
-    finished = read_result(spec.out_dir)
-    if finished is not None and finished.run_digest == digest:
+    digest = unfinished(spec)
+    if digest is None:
         return
-    if not (spec.base_dir / "config.json").exists():
-        raise NoBaseModel(f"there is no model at {spec.base_dir}")
     _start()
     import torch
 
@@ -81,13 +78,12 @@ def _write_data(spec: TrainSpec, tokenizer: Any, folder: Path) -> tuple[list[int
     stops, longest = stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length
     if spec.method == "sft":
         examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, longest)
-        lengths = [len(example.tokens) for example in examples]
-        plan = plan_batches(lengths, spec.schedule, spec.seed, [example.replay for example in examples])
+        plan, _ = plan_examples(examples, spec.schedule, spec.seed)
         order = [row for batch in plan for row in batch]
         write_jsonl(folder / DATA, [_tokenised(examples[row]) for row in order])
         size = spec.schedule.batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        return [sum(lengths[row] for row in step) for step in steps], len(examples), (1.0, 1.0)
+        return [sum(len(examples[row].tokens) for row in step) for step in steps], len(examples), (1.0, 1.0)
     from loop.trainers.phases import preference_units
 
     if spec.method not in ("dpo", "kto") or spec.start is not None:

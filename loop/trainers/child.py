@@ -121,12 +121,9 @@ def _explained(error: Exception) -> NightschoolError:
 def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
     rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
-    digest = run_digest(spec)
-    finished = read_result(spec.out_dir)
-    if finished is not None and finished.run_digest == digest:
+    digest = unfinished(spec)
+    if digest is None:
         return
-    if not (spec.base_dir / "config.json").exists():
-        raise NoBaseModel(f"there is no model at {spec.base_dir}")
     backend.start()
     import torch
     from transformers import set_seed
@@ -148,6 +145,17 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
         start_from(model, spec.start, spec.lora)
     channel.mark("loaded")
     _train_and_write(spec, model, tokenizer, data, digest, channel, memory)
+
+
+def unfinished(spec: TrainSpec) -> str | None:
+    """The digest of the run that is to be made; None where it has finished in this folder."""
+    digest = run_digest(spec)
+    finished = read_result(spec.out_dir)
+    if finished is not None and finished.run_digest == digest:
+        return None
+    if not (spec.base_dir / "config.json").exists():
+        raise NoBaseModel(f"there is no model at {spec.base_dir}")
+    return digest
 
 
 def _settle(spec: TrainSpec, backend: Backend, data: Data, digest: str) -> RunMemory | None:

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save
 from loop.digests import write_durably
 from loop.trainers.checkpoints import CHECKPOINTS, phase_folder
 from loop.trainers.memory import RunMemory
-from loop.trainers.planned_run import Trained
+from loop.trainers.planned_run import Trained, single_precision
 from loop.trainers.preference_loop import Objective, Preferences, step_tokens, train_preferences
 from loop.trainers.preference_rows import Unit, pair_units, plan_units, read_pairs, read_thumbs, thumb_units
 from loop.trainers.progress import Channel, Relay
-from loop.trainers.rows import Example, plan_batches
+from loop.trainers.rows import Example, plan_examples
 from loop.trainers.sft_loop import train
 from loop.trainers.spec import BadRows, Progress, TrainSpec
 
@@ -72,24 +72,21 @@ def preference_units(spec: TrainSpec, tokenizer: Any, stop_ids: frozenset[int]) 
 
 def phases(spec: TrainSpec, data: Data) -> list[Phase]:
     """kto is preceded by sft where there are corrections: thumbs say nothing of them, and they would be forgotten."""
-    labels = any(not row.replay for row in data.rows)
-    supervised = Phase("sft", *_size([sum(len(data.rows[n].tokens) for n in step) for step in _sft_plan(spec, data)]))
-    if spec.method == "sft":
-        return [supervised]
-    objective = _objective(spec.method.rpartition("+")[2])
-    preferences = Preferences(objective, data.units, _replay(data))
-    plan = plan_units(data.units, preferences.replay, spec.schedule, spec.seed)
-    preferring = Phase(objective, *_size([step_tokens(preferences, step) for step in plan]))
-    return [supervised, preferring] if spec.method == "sft+dpo" or (objective == "kto" and labels) else [preferring]
+    planned = []
+    if spec.method in ("sft", "sft+dpo") or (spec.method == "kto" and any(not row.replay for row in data.rows)):
+        _, tokens = plan_examples(data.rows, spec.schedule, spec.seed)
+        planned.append(Phase("sft", len(tokens), sum(tokens)))
+    if spec.method != "sft":
+        preferences = _preferences(spec.method.rpartition("+")[2], data)
+        plan = plan_units(data.units, preferences.replay, spec.schedule, spec.seed)
+        tokens = [step_tokens(preferences, step) for step in plan]
+        planned.append(Phase(preferences.objective, len(tokens), sum(tokens)))
+    return planned
 
 
-def _size(tokens: Sequence[int]) -> tuple[int, int]:
-    """Steps, and the tokens of all of them."""
-    return len(tokens), sum(tokens)
-
-
-def _objective(name: str) -> Objective:
-    return next(known for known in get_args(Objective) if known == name)
+def _preferences(name: str, data: Data) -> Preferences:
+    objective: Objective = next(known for known in get_args(Objective) if known == name)
+    return Preferences(objective, data.units, [row for row in data.rows if row.replay])
 
 
 def train_phases(
@@ -139,8 +136,7 @@ def _train(
 ) -> Trained:
     if phase.objective == "sft":
         return train(spec, model, tokenizer, list(data.rows), run_digest, channel, memory)
-    preferences = Preferences(_objective(phase.objective), data.units, _replay(data))
-    return train_preferences(spec, model, tokenizer, preferences, run_digest, channel)
+    return train_preferences(spec, model, tokenizer, _preferences(phase.objective, data), run_digest, channel)
 
 
 def _phase_spec(spec: TrainSpec, planned: Sequence[Phase], number: int, elapsed: float) -> TrainSpec:
@@ -160,15 +156,6 @@ def _phase_spec(spec: TrainSpec, planned: Sequence[Phase], number: int, elapsed:
         limits = limits.model_copy(update={"seconds": elapsed + share * max(limits.seconds - elapsed, 0.0)})
     schedule = spec.schedule.model_copy(update={"finish_share": 0.0})
     return spec.model_copy(update={"schedule": schedule, "out_dir": out_dir, "limits": limits})
-
-
-def _replay(data: Data) -> list[Example]:
-    return [row for row in data.rows if row.replay]
-
-
-def _sft_plan(spec: TrainSpec, data: Data) -> list[list[int]]:
-    lengths = [len(row.tokens) for row in data.rows]
-    return plan_batches(lengths, spec.schedule, spec.seed, [row.replay for row in data.rows]) if lengths else []
 
 
 def _finish(folder: Path, run_digest: str, trained: Trained) -> None:
@@ -197,9 +184,7 @@ def _finished(folder: Path, run_digest: str, model: Any) -> Trained | None:
 def put_weights(model: Any, path: Path) -> None:
     """An adapter's weights into the model's own, in float32."""
     weights = {name: weight.float() for name, weight in load_file(path).items()}
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+    single_precision(model)
     with torch.no_grad():
         set_peft_model_state_dict(model, weights)
 

@@ -159,6 +159,14 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def single_precision(model: Any) -> None:
+    """The adapter's weights: small steps of a late schedule would be lost in the 8 bits of bfloat16. Products run in
+    `compute_dtype` all the same."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def peak_memory_bytes() -> int:
     """The accelerator's where there is one, else this process's."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from loop.trainers.loss import Amp
-from loop.trainers.planned_run import LAST_STEPS, Diverged, Trained, compute_dtype, run_planned
+from loop.trainers.planned_run import LAST_STEPS, Diverged, Trained, compute_dtype, run_planned, single_precision
 from loop.trainers.preference_loss import (
     Padded,
     Scored,
@@ -144,7 +144,7 @@ def train_preferences(
     spec = spec.model_copy(update={"schedule": schedule})
     plan = plan_units(data.units, data.replay, schedule, spec.seed)
     tokens = [step_tokens(data, step) for step in plan]
-    _single_precision(model)
+    single_precision(model)
     optimizer = optimizer_of(model, schedule)
     trainer = PreferenceTrainer(
         spec=spec,
@@ -162,13 +162,6 @@ def train_preferences(
     trained = run_planned(trainer, spec, model, tokens, run_digest, Relay(channel, trainer.with_margin))
     margins = trainer.margins[-LAST_STEPS:]
     return replace(trained, final_margin=sum(margins) / len(margins) if margins else None)
-
-
-def _single_precision(model: Any) -> None:
-    """Small steps of a late schedule would be lost in the 8 bits of bfloat16: adapter weights stay in float32."""
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
 
 
 def step_tokens(data: Preferences, step: Step) -> int:

@@ -13,10 +13,9 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from loop.trainers.head_loss import AfterHead, answer_loss, chunks
 from loop.trainers.loss import Amp
 from loop.trainers.rows import Example
-
-CHUNK_BYTES = 256 * 2**20  # of one chunk's logits in float32: memory does not grow with tokens x vocabulary
 
 
 class Padded(NamedTuple):
@@ -46,9 +45,8 @@ class Scored(NamedTuple):
 def score(model: Any, rows: Padded, amp: Amp) -> Scored:
     states = _answer_states(model, rows, amp)
     targets = rows.input_ids[:, 1:][rows.answers[:, 1:]]
-    each = torch.cat(
-        [_chunk(_log_probs_of, model, amp, states[part], targets[part]) for part in _chunks(model, states)]
-    )
+    vocabulary = model.get_base_model().config.get_text_config().vocab_size
+    each = torch.cat([_chunk(model, amp, states[part], targets[part]) for part in chunks(len(states), vocabulary)])
     lengths = rows.answers[:, 1:].sum(1)
     row_of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     return Scored(each.new_zeros(len(lengths)).index_add(0, row_of, each), lengths)
@@ -98,8 +96,8 @@ def held_loss(model: Any, rows: Padded, amp: Amp) -> torch.Tensor:
     with torch.no_grad(), model.disable_adapter():
         base = _answer_states(model, rows, amp)
     states = _answer_states(model, rows, amp)
-    parts = [_chunk(_kl, model, amp, states[part], base[part]) for part in _chunks(model, states)]
-    return torch.stack(parts).sum() / len(states)
+    with amp():
+        return answer_loss(states, *_head(model), None, base) / len(states)
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
@@ -115,40 +113,22 @@ def _answer_states(model: Any, rows: Padded, amp: Amp) -> torch.Tensor:
     return answer_states
 
 
-def _chunks(model: Any, states: torch.Tensor) -> list[slice]:
-    vocabulary = model.get_base_model().config.get_text_config().vocab_size
-    size = max(CHUNK_BYTES // (4 * vocabulary), 1)
-    return [slice(start, start + size) for start in range(0, len(states), size)]
-
-
-def _chunk(work: Any, model: Any, amp: Amp, states: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _chunk(model: Any, amp: Amp, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """One chunk through the head; in the backward pass its logits are made again instead of being kept."""
     if not torch.is_grad_enabled():
-        result: torch.Tensor = work(model, amp, states, other)
-        return result
-    return checkpoint(work, model, amp, states, other, use_reentrant=False)
+        return _log_probs_of(model, amp, states, targets)
+    result: torch.Tensor = checkpoint(_log_probs_of, model, amp, states, targets, use_reentrant=False)
+    return result
 
 
 def _log_probs_of(model: Any, amp: Amp, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    log_probs: torch.Tensor = _log_probs(model, amp, states).gather(-1, targets[:, None])[:, 0]
+    head, after = _head(model)
+    with amp():
+        logits = head(states)
+    log_probs: torch.Tensor = after(logits.float()).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     return log_probs
 
 
-def _kl(model: Any, amp: Amp, states: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), model.disable_adapter():
-        held = _log_probs(model, amp, base)
-    return functional.kl_div(_log_probs(model, amp, states), held, log_target=True, reduction="sum")
-
-
-def _log_probs(model: Any, amp: Amp, states: torch.Tensor) -> torch.Tensor:
+def _head(model: Any) -> tuple[Any, AfterHead]:
     causal = model.get_base_model()
-    with amp():
-        logits = causal.get_output_embeddings()(states)
-    return _as_the_model_does(logits.float(), causal.config.get_text_config()).log_softmax(-1)
-
-
-def _as_the_model_does(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """What some families do after the head: Cohere multiplies, Granite divides, Gemma 2 caps."""
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return causal.get_output_embeddings(), AfterHead.of(causal.config.get_text_config())

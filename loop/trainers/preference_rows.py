@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from labeling.settings import Strict
 from loop.digests import write_jsonl
 from loop.trainers.rows import Draws, Example, plan_batches, tokenise
-from loop.trainers.spec import PAIRS_FILE, THUMBS_FILE, BadRows, Message, Row, ScheduleSpec
+from loop.trainers.spec import PAIRS_FILE, THUMBS_FILE, Answered, Message, Row, ScheduleSpec, read_lines
 
 
 class Pair(Strict):
@@ -32,18 +32,10 @@ class Pair(Strict):
         return self
 
 
-class Thumb(Strict):
-    """One conversation whose last message, the answer, users called good or bad."""
+class Thumb(Answered):
+    """Users called its answer good or bad."""
 
-    id: str = Field(min_length=1)
-    messages: tuple[Message, ...] = Field(min_length=2)
     good: bool
-
-    @model_validator(mode="after")
-    def _ends_with_an_answer(self) -> Thumb:
-        if self.messages[-1].role != "assistant" or not self.messages[-1].content.strip():
-            raise ValueError("the last message must be the assistant's, and not empty")
-        return self
 
 
 @dataclass(frozen=True)
@@ -80,17 +72,7 @@ def write_preferences(data_dir: Path, pairs: Sequence[Pair], thumbs: Sequence[Th
 
 
 def _read(path: Path, kind: TypeAdapter[T]) -> list[T]:
-    if not path.exists():
-        return []
-    rows, mistakes = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(kind.validate_json(line))
-        except ValidationError as error:
-            mistakes.append(f"line {number}: {error.errors()[0]['msg']}")
-    if mistakes:
-        raise BadRows(f"{len(mistakes)} rows of {path} cannot be trained on: {'; '.join(mistakes[:5])}")
-    return rows
+    return read_lines(path, kind) if path.exists() else []
 
 
 def preference_rows(data_dir: Path) -> list[Row]:

@@ -116,6 +116,13 @@ def plan_batches(
     return plan[: schedule.max_steps]
 
 
+def plan_examples(examples: Sequence[Example], schedule: ScheduleSpec, seed: int) -> tuple[list[list[int]], list[int]]:
+    """Supervised fine-tuning's plan; and of every step the tokens, padding not counted."""
+    lengths = [len(example.tokens) for example in examples]
+    plan = plan_batches(lengths, schedule, seed, [example.replay for example in examples])
+    return plan, [sum(lengths[row] for row in step) for step in plan]
+
+
 def _passes(rows: list[int], wanted: int, chance: random.Random) -> list[int]:
     """Every pass is shuffled anew; the last one may be a part."""
     order: list[int] = []

@@ -7,7 +7,6 @@ the served weights takes it out again (docs/recipe.md has the figures).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback
+
+from loop.machine_memory import meminfo
 
 PREFIX = "base_model.model."  # peft's
 INDEX = "model.safetensors.index.json"
@@ -103,7 +104,4 @@ def _fits(model: Any, room: Callable[[], int] | None) -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return meminfo("MemAvailable")

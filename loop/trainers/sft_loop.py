@@ -5,7 +5,6 @@ The backends (`peft.py`, `unsloth.py`) differ only in how they load the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +25,9 @@ from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
 from loop.trainers.packing import choose, leave
-from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned
+from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned, single_precision
 from loop.trainers.progress import Channel
-from loop.trainers.rows import Example, heaviest, plan_batches
+from loop.trainers.rows import Example, heaviest, plan_examples
 from loop.trainers.spec import ScheduleSpec, TrainSpec
 
 
@@ -46,11 +45,7 @@ class RetentionTrainer(SFTTrainer):
         self._spec, self._plan, self._batches, self._base, self._amp = spec, plan, batches, base, amp
         super().__init__(**rest)
         self._late = late_log_for(self.model.device)
-        # trl casts the adapter of a quantised model to bfloat16, whose 8 bits swallow the small steps of a late
-        # schedule: weights and optimizer stay in float32, products run in bfloat16.
-        for weight in self.model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+        single_precision(self.model)  # trl casts the adapter of a quantised model to bfloat16
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(range(len(self._batches.examples)), batch_sampler=self._plan, collate_fn=self._collate)
@@ -140,8 +135,7 @@ def train(
     """As `run_planned`: to the end of the plan or of the time, from a checkpoint where there is one."""
     amp = Amp(model.device.type, compute_dtype())
     layout = choose(spec.lengths.packing, model, amp)
-    plan = plan_batches(_lengths(examples), spec.schedule, spec.seed, [example.replay for example in examples])
-    tokens = [sum(len(examples[row].tokens) for row in batch) for batch in plan]
+    plan, tokens = plan_examples(examples, spec.schedule, spec.seed)
     batches = Batches(
         examples,
         pad_id=tokenizer.pad_token_id or 0,
@@ -214,7 +208,3 @@ def scheduler_of(optimizer: torch.optim.Optimizer, schedule: ScheduleSpec, steps
         return OneCycleLR(optimizer, max_lr=schedule.learning_rate, total_steps=steps, pct_start=share)
     name = "constant_with_warmup" if schedule.scheduler == "constant" else schedule.scheduler
     return get_scheduler(name, optimizer, int(schedule.warmup_share * steps), steps)
-
-
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    return [len(example.tokens) for example in examples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -132,18 +132,23 @@ class Message(Strict):
     content: str
 
 
-class Row(Strict):
-    """One conversation; the loss is on its last message only."""
+class Answered(Strict):
+    """A conversation whose last message is the answer."""
 
     id: str = Field(min_length=1)
     messages: tuple[Message, ...] = Field(min_length=2)
-    kind: Literal["label", "replay"]
 
     @model_validator(mode="after")
-    def _ends_with_an_answer(self) -> Row:
+    def _ends_with_an_answer(self) -> Self:
         if self.messages[-1].role != "assistant" or not self.messages[-1].content.strip():
             raise ValueError("the last message must be the assistant's, and not empty")
         return self
+
+
+class Row(Answered):
+    """The loss is on its last message only."""
+
+    kind: Literal["label", "replay"]
 
 
 class Progress(Strict):
@@ -269,6 +274,7 @@ def read_result(out_dir: Path) -> TrainResult | None:
     return TrainResult.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
+T = TypeVar("T")
 _ROW = TypeAdapter(Row)
 
 
@@ -277,16 +283,22 @@ def read_rows(data_dir: Path, *, may_be_none: bool = False) -> list[Row]:
     path = data_dir / ROWS_FILE
     if not path.exists():
         raise BadRows(f"there are no training rows at {path}", hint="Run the build_delta stage first.")
+    rows = read_lines(path, _ROW)
+    if not rows and not may_be_none:
+        raise BadRows(f"{path} holds no rows", hint="A night needs labels; see min_labels.")
+    return rows
+
+
+def read_lines(path: Path, kind: TypeAdapter[T]) -> list[T]:
+    """JSON lines of one kind; raises BadRows with the mistakes of the first five that are none."""
     rows, mistakes = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(_ROW.validate_json(line))
+            rows.append(kind.validate_json(line))
         except ValidationError as error:
             mistakes.append(f"line {number}: {_mistakes(error)}")
     if mistakes:
         raise BadRows(f"{len(mistakes)} rows of {path} are not training rows: {'; '.join(mistakes[:5])}")
-    if not rows and not may_be_none:
-        raise BadRows(f"{path} holds no rows", hint="A night needs labels; see min_labels.")
     return rows
 
 

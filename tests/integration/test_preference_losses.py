@@ -223,7 +223,8 @@ def test_log_probabilities_are_the_models_own_in_chunks_too(
         return scored, torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
 
     whole, of_whole = gradient()
-    monkeypatch.setattr("loop.trainers.preference_loss.CHUNK_BYTES", 4 * 49152 * 3)
+    monkeypatch.setattr("loop.trainers.head_loss.TILE", 3)
+    monkeypatch.setattr("loop.trainers.head_loss.CHUNK_BYTES", 4 * 49152 * 3)
     chunked, of_chunks = gradient()
     assert torch.isfinite(of_whole).all()
     assert of_whole.abs().max() > 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from loop import machine_memory
 from loop.plain_lora import expected_shapes, parameters
 from loop.preflight.caches import known_caches, measure, trainer_caches
-from loop.preflight.machine import SPARE_BYTES, available_memory, worst_case_bytes, write_speed
+from loop.preflight.machine import SPARE_BYTES, worst_case_bytes, write_speed
 from loop.settings import LINEAR_LAYERS
 from loop.trainers.spec import LoraSpec, TrainSpec, run_digest
 from tests.adapters import TINY, weights_for
@@ -53,16 +54,17 @@ def test_the_worst_case_grows_with_rank_and_data(tmp_path: Path) -> None:
     ],
 )
 def test_memory_is_what_the_container_leaves_of_the_machines(
-    tmp_path: Path, limit: str | None, used: int, expected: tuple[int, str]
+    tmp_path: Path, limit: str | None, used: int, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its page cache gives way, and does not count as used."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text(MEMINFO)
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    monkeypatch.setattr(machine_memory, "PROC", tmp_path)
+    monkeypatch.setattr(machine_memory, "CGROUP", tmp_path)
     if limit is not None:
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text(f"{used}\n")
         (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
-    assert available_memory(meminfo, tmp_path) == expected
+    assert machine_memory.available_memory() == expected
 
 
 def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
