@@ -229,6 +229,11 @@ def _digest(config: dict[str, Any], file: TensorFile) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def file_digest(path: Path) -> str:
+    """Of a file that is read once, however often it is asked for."""
+    return _file_digest(*_stamp(path))
+
+
 def _stamp(file: Path) -> tuple[Path, int, int]:
     stat = file.stat()
     return file.resolve(), stat.st_size, stat.st_mtime_ns

@@ -37,7 +37,6 @@ class BaseWeights:
     """`embedding_rows` is None where no tensor has a known embedding's name. Bytes are those of the files."""
 
     files: tuple[Path, ...]
-    tensors: dict[str, Tensor]
     parameters: int
     bytes: int
     embedding_rows: int | None
@@ -48,16 +47,16 @@ def read_weights(folder: Path) -> BaseWeights:
     """BaseDamaged, naming the file, for whatever is missing, cut short, not yet downloaded or made of zeros."""
     config = read_base_config(folder)
     _finished(folder)
-    files = _files(folder)
+    index = _index(folder)
+    files = _files(folder, index)
     by_file = {path: _header(path) for path in files}
-    _as_indexed(folder, by_file)
+    _as_indexed(folder, index, by_file)
     for path, announced in by_file.items():
         _not_empty(path, announced)
     tensors = {tensor.name: tensor for found in by_file.values() for tensor in found}
     _all_layers(folder, tensors, config)
     return BaseWeights(
         files=files,
-        tensors=tensors,
         parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
         bytes=sum(path.stat().st_size for path in files),
         embedding_rows=_embedding_rows(tensors),
@@ -71,8 +70,7 @@ def _finished(folder: Path) -> None:
         raise BaseDamaged(f"{left} is a download that was broken off")
 
 
-def _files(folder: Path) -> tuple[Path, ...]:
-    index = _index(folder)
+def _files(folder: Path, index: dict[str, str]) -> tuple[Path, ...]:
     names = sorted(set(index.values())) if index else sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise BaseMissing(f"{folder} holds no *.safetensors: no weights, or only as pickles, which are never read")
@@ -120,9 +118,9 @@ def _header(path: Path) -> tuple[Tensor, ...]:
         raise BaseDamaged(f"{path.parent}: {error}") from error
 
 
-def _as_indexed(folder: Path, by_file: dict[Path, tuple[Tensor, ...]]) -> None:
+def _as_indexed(folder: Path, index: dict[str, str], by_file: dict[Path, tuple[Tensor, ...]]) -> None:
     there = {(path.name, tensor.name) for path, tensors in by_file.items() for tensor in tensors}
-    absent = [(file, name) for name, file in _index(folder).items() if (file, name) not in there]
+    absent = [(file, name) for name, file in index.items() if (file, name) not in there]
     if absent:
         file, name = absent[0]
         raise BaseDamaged(f"{folder / INDEX} places {len(absent)} tensors where they are not: {name} is not in {file}")

@@ -30,7 +30,8 @@ def night_cost(
     memory = trainer_result.get("memory")
     total = sum(stage_seconds.values())
     gpu_minutes = _gpu_minutes(watched, stage_seconds.get("evaluate", 0.0) if engine_on_gpu else 0.0)
-    money = _money(gpu_minutes, watched.get("energy_wh"), rates)
+    energy_wh = watched.get("energy_wh")
+    spent = {"gpu_minutes": gpu_minutes, "energy_wh": energy_wh, "money": _money(gpu_minutes, energy_wh, rates)}
     return {
         "seconds": round(total, 1),
         "machine_hours": round(total / 3600, 3),
@@ -40,14 +41,12 @@ def night_cost(
         "peak_memory_bytes": trainer_result.get("peak_memory_bytes"),
         "memory": in_words(MemoryOutcome.model_validate(memory)) if memory else None,
         "device": trainer_result.get("device"),
-        "gpu_minutes": gpu_minutes,
-        "energy_wh": watched.get("energy_wh"),
-        "money": money,
+        **spent,
         "currency": rates.currency,
         "labels": labels,
         "fixed": fixed,
-        "per_label": _shares(gpu_minutes, watched.get("energy_wh"), money, labels),
-        "per_fixed": _shares(gpu_minutes, watched.get("energy_wh"), money, fixed),
+        "per_label": _shares(spent, labels),
+        "per_fixed": _shares(spent, fixed),
     }
 
 
@@ -69,12 +68,6 @@ def _money(gpu_minutes: float | None, energy_wh: float | None, rates: CostSettin
     return round(sum(known), 4) if known and len(known) == len(parts) else None
 
 
-def _shares(
-    gpu_minutes: float | None, energy_wh: float | None, money: float | None, of: int
-) -> dict[str, float | None]:
+def _shares(spent: Mapping[str, float | None], of: int) -> dict[str, float | None]:
     """Of one label, or of one prompt that is fixed."""
-
-    def share(quantity: float | None) -> float | None:
-        return None if quantity is None or of == 0 else round(quantity / of, 5)
-
-    return {"gpu_minutes": share(gpu_minutes), "energy_wh": share(energy_wh), "money": share(money)}
+    return {name: None if quantity is None or of == 0 else round(quantity / of, 5) for name, quantity in spent.items()}

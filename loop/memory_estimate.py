@@ -13,7 +13,7 @@ from loop.model_shape import ALL_LAYERS, ModelShape
 
 Method = Literal["qlora", "lora", "full"]
 Checkpointing = Literal["off", "on", "offload"]
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 Loss = Literal["chunked", "model"]
 
 MIB, GIB = 2**20, 2**30
@@ -172,7 +172,7 @@ def _weights(setup: Setup) -> tuple[int, int]:
 
 def _optimizer_bytes(setup: Setup) -> int:
     """Two moments, of 4 bytes each or of one; and, beside the wide ones, a full fine-tune's float32 weights."""
-    if setup.optimizer == "adamw8bit":
+    if setup.optimizer == "adamw_8bit":
         return 2
     return 12 if setup.method == "full" else 8
 
@@ -193,9 +193,8 @@ def kept_per_token(setup: Setup) -> int:
         return norms + width * (2 * h + 3 * q + 2 * k + (matrices + 2) * i)
     if setup.backend == "unsloth":
         return width * (4 * h + 2 * q + 2 * k + matrices * i)
-    adapted = {"q_proj": h, "k_proj": h, "v_proj": h, "o_proj": q, "gate_proj": h, "up_proj": h, "down_proj": i}
     sides = shape.sides()
-    inputs = sum(adapted[name] for name in set(setup.targets) if name in sides)
+    inputs = sum(sides[name][0] for name in set(setup.targets) if name in sides)
     return 2 * 4 * h + width * (inputs + 2 * q + 2 * k + (matrices + 1) * i)
 
 

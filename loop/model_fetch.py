@@ -15,19 +15,14 @@ from typing import Any, ClassVar
 
 from labeling.errors import Conflict, Refused
 from loop import model_hub
+from loop.adapter_files import BASE_FILES
 from loop.base_weights import INDEX
 from loop.digests import sync_folder
 from loop.model_hub import NO_ROOM, Listing, NoRoom, RemoteFile
 from loop.model_record import LICENCE_FILES, ModelRecord, Source, describe, read_record, write_record
 from loop.tokenizer_files import problems, read_tokenizer
 
-SMALL = frozenset(
-    {
-        *("config.json", "generation_config.json", INDEX, "README.md"),
-        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-        *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    }
-)
+SMALL = frozenset({*BASE_FILES, INDEX, "README.md", "chat_template.json"})
 WEIGHTS = re.compile(r"(?!consolidated|adapter_)[\w.-]+\.safetensors")  # Mistral ships the same weights twice
 SPARE_BYTES = 100_000_000
 

@@ -31,8 +31,9 @@ from huggingface_hub.errors import (
 )
 
 from labeling.errors import InvalidInput, NotFound, Refused, Unavailable
+from loop.adapter_files import file_digest
+from loop.model_record import licence_of_card
 
-CHUNK_BYTES = 1 << 20
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_A_PART_OF_A_NAME = {"tree", "resolve", "blob", "commit"}
 
@@ -126,7 +127,7 @@ def list_files(address: Address) -> Listing:
         for one in info.siblings or []
     )
     card: dict[str, object] = vars(info.card_data) if info.card_data else {}
-    return Listing(address, str(info.sha), files, str(card.get("license_name") or card.get("license") or ""))
+    return Listing(address, str(info.sha), files, licence_of_card(card))
 
 
 def fetch(listing: Listing, file: RemoteFile, folder: Path) -> Path:
@@ -154,13 +155,10 @@ def fetch(listing: Listing, file: RemoteFile, folder: Path) -> Path:
 def _as_listed(path: Path, file: RemoteFile) -> bool:
     if path.stat().st_size != file.bytes:
         return False
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
-    if not file.sha256:
-        digest.update(f"blob {file.bytes}\0".encode())
-    with path.open("rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest() == (file.sha256 or file.git_sha1)
+    if file.sha256:
+        return file_digest(path) == f"sha256:{file.sha256}"
+    blob = f"blob {file.bytes}\0".encode() + path.read_bytes()  # only small files are listed without a SHA-256
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == file.git_sha1
 
 
 def _token(address: Address) -> bool | None:

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from labeling.errors import InvalidInput
 from labeling.settings import Strict
-from loop.adapter_files import base_digest, read_base_config
+from loop.adapter_files import base_digest, file_digest, read_base_config
 from loop.base_weights import read_weights
 from loop.chat_template import chat_template
-from loop.digests import digest_file, write_durably
+from loop.digests import write_durably
 
 RECORD = "nightschool-model.json"
 LICENCE_FILES = re.compile(r"(licen[sc]e|notice|use_policy|copying)([._-].*)?", re.IGNORECASE)
@@ -140,4 +140,4 @@ def _whole(value: Any) -> int | None:
 
 
 def _hex(path: Path) -> str:
-    return digest_file(path).removeprefix("sha256:")
+    return file_digest(path).removeprefix("sha256:")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -13,6 +14,7 @@ from sqlmodel import col, select
 from labeling.database import Database
 from labeling.errors import NotFound
 from labeling.tables import GoodAnswer, Label, LabellingProject, LabelState, ReviewItem
+from loop.states import AT_WORK
 from loop.tables import (
     Evidence,
     LabelUse,
@@ -24,8 +26,6 @@ from loop.tables import (
     Serving,
     StageMarker,
 )
-
-AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 
 
 class UnknownNight(NotFound):
@@ -112,54 +112,53 @@ async def project_view(database: Database, project: str) -> dict[str, Any]:
 
 
 async def held_labels(database: Database, project: str) -> list[dict[str, Any]]:
-    """Labels and thumbs that a REJECTED night trained on, with what they say, for a person to look at."""
+    """Labels and thumbs that a REJECTED night trained on, with what they say, for a person to look at.
+
+    `correction` of a thumb up is the answer that was rated; below a thumb down there is none.
+    """
     async with database.read() as session:
-        rows = await session.execute(
-            select(Label, LabelUse.night_id)
-            .join(LabelUse, col(LabelUse.label_id) == col(Label.id))
-            .where(col(LabelUse.held).is_(True), col(Label.project) == project)
-            .order_by(col(Label.id))
-        )
-        thumbs = await _held_thumbs(session, project)
-        return thumbs + [
-            {
-                "id": label.id,
-                "night": night_id,
-                "prompt": label.messages,
-                "flagged_answer": label.flagged_answer,
-                "correction": label.correction,
-                "annotators": label.annotators,
-            }
-            for label, night_id in rows
-        ]
-
-
-async def _held_thumbs(session: AsyncSession, project: str) -> list[dict[str, Any]]:
-    """`correction`: the answer that was rated up; None below a thumb down, which has none."""
-    held = col(LabelUse.held).is_(True)
-    good = await session.execute(
-        select(GoodAnswer, LabelUse.night_id)
-        .join(LabelUse, col(LabelUse.label_id) == col(GoodAnswer.id))
-        .where(held, col(GoodAnswer.project) == project)
-        .order_by(col(GoodAnswer.id))
-    )
-    bad = await session.execute(
-        select(ReviewItem, LabelUse.night_id)
-        .join(LabelUse, col(LabelUse.label_id) == col(ReviewItem.id))
-        .where(held, col(ReviewItem.project) == project)
-        .order_by(col(ReviewItem.id))
-    )
+        good = await _held(session, GoodAnswer, project)
+        bad = await _held(session, ReviewItem, project)
+        labels = await _held(session, Label, project)
     return [
-        *(_held_thumb(one.id, night_id, one.messages, good=one.answer) for one, night_id in good),
-        *(_held_thumb(one.id, night_id, one.messages, bad=one.answer) for one, night_id in bad),
+        *(_held_row(one, night, correction=one.answer) for one, night in good),
+        *(_held_row(one, night, flagged_answer=one.answer) for one, night in bad),
+        *(
+            _held_row(
+                *(one, night),
+                flagged_answer=one.flagged_answer,
+                correction=one.correction,
+                annotators=one.annotators,
+            )
+            for one, night in labels
+        ),
     ]
 
 
-def _held_thumb(
-    name: str, night_id: str, prompt: list[dict[str, Any]], *, good: str | None = None, bad: str | None = None
+Held = TypeVar("Held", GoodAnswer, ReviewItem, Label)
+
+
+async def _held(session: AsyncSession, kind: type[Held], project: str) -> Sequence[tuple[Held, str]]:
+    """With the night that trained on it."""
+    rows = await session.execute(
+        select(kind, LabelUse.night_id)
+        .join(LabelUse, col(LabelUse.label_id) == col(kind.id))
+        .where(col(LabelUse.held).is_(True), col(kind.project) == project)
+        .order_by(col(kind.id))
+    )
+    return [(row, night) for row, night in rows]
+
+
+def _held_row(
+    row: GoodAnswer | ReviewItem | Label,
+    night_id: str,
+    *,
+    flagged_answer: str | None = None,
+    correction: str | None = None,
+    annotators: Sequence[str] = (),
 ) -> dict[str, Any]:
-    said = {"prompt": prompt, "flagged_answer": bad, "correction": good, "annotators": []}
-    return {"id": name, "night": night_id, **said}
+    said = {"flagged_answer": flagged_answer, "correction": correction, "annotators": list(annotators)}
+    return {"id": row.id, "night": night_id, "prompt": row.messages, **said}
 
 
 async def refused_labels(database: Database, project: str) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from loop.memory_estimate import GIB, Estimate, Method, Setup, Workload
-from loop.memory_plan import Plan, itemised, plans_by_speed
+from loop.memory_estimate import GIB, Estimate, Method, Optimizer, Setup, Workload
+from loop.memory_plan import Plan, itemised, ladder, plans_by_speed
 from loop.model_shape import ALL_LAYERS, ModelShape
 
 CARDS = (1, 2, 4, 8)
@@ -25,7 +25,7 @@ class Question:
     batch: int = 8
     rank: int = 16
     backend: str = "unsloth"
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     share: float = 0.9
 
     @property
@@ -36,7 +36,7 @@ class Question:
             backend="peft" if self.method == "full" or self.backend == "peft" else "unsloth",
             rank=self.rank,
             targets=tuple(name for name in ALL_LAYERS if name in self.shape.sides()),
-            optimizer="adamw8bit" if self.optimizer == "adamw_8bit" else "adamw",
+            optimizer=self.optimizer,
             gpus=self.gpus,
         )
 
@@ -67,8 +67,7 @@ def answer(question: Question) -> Answer:
 
 def _best(question: Question) -> Plan:
     budget = int(question.share * question.card_bytes)
-    plans = plans_by_speed(question.setup, question.work, budget)
-    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.estimated_bytes))
+    return ladder(plans_by_speed(question.setup, question.work, budget))[0]
 
 
 def _cures(question: Question, plan: Plan) -> tuple[str, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from sqlmodel import col, select
 from labeling.answers import calls_tools
 from labeling.draws import in_share
 from labeling.entry import SAMPLED, UNLIKELY
-from labeling.name_recogniser import NamesNotRead
 from labeling.redaction.redactor import Redactor
 from labeling.settings import LabelingSettings
 from labeling.tables import (
@@ -28,9 +26,9 @@ from labeling.tables import (
     Verdict,
 )
 from loop.scoring import ExamItem
-from loop.tables import LabelUse, Night
+from loop.tables import LabelUse
 from loop.trainers.preference_rows import Pair, Thumb
-from loop.training_examples import plain_message, used_by_current
+from loop.training_examples import answered_row, held, plain_message, readable, used_by_current
 
 NOT_BAD = (Verdict.GOOD, Verdict.CANNOT_TELL)
 TRAINED_SHARE = 0.5  # of good answers, where thumbs are trained on; the others are examined
@@ -103,25 +101,23 @@ async def choose_thumbs(
     session: AsyncSession, project: str, good: Sequence[GoodAnswer], settings: LabelingSettings
 ) -> Thumbs:
     """`good`: the newest good answers, of which chance gives half to training."""
-    held = await _held(session, project)
+    withheld = await held(session, project)
     used = await used_by_current(session, project)
     bad = [
         Rated(item.id, item.messages, item.answer, False) for item in await _complained_of(session, project, settings)
     ]
     trained = [Rated(one.id, one.messages, one.answer, True) for one in good if is_trained(one.id)]
-    return Thumbs(tuple(one for one in (*trained, *bad) if one.id not in held), frozenset(used))
+    return Thumbs(tuple(one for one in (*trained, *bad) if one.id not in withheld), frozenset(used))
 
 
 def redacted_thumbs(thumbs: Thumbs, by: Redactor) -> Thumbs:
     """As today's settings would have them; without those whose names can't be recognised."""
-    return replace(thumbs, rated=tuple(_redacted(thumbs.rated, by)))
+    return replace(thumbs, rated=tuple(readable(thumbs.rated, _redacted, by)))
 
 
-def _redacted(rated: Iterable[Rated], by: Redactor) -> Iterator[Rated]:
-    for one in rated:
-        with suppress(NamesNotRead):
-            texts = by.open().exchange(one.messages, one.answer)
-            yield replace(one, messages=texts.messages, answer=texts.answer)
+def _redacted(rated: Rated, by: Redactor) -> Rated:
+    texts = by.open().exchange(rated.messages, rated.answer)
+    return replace(rated, messages=texts.messages, answer=texts.answer)
 
 
 def is_trained(good_answer: str) -> bool:
@@ -157,26 +153,9 @@ async def _complained_of(session: AsyncSession, project: str, settings: Labeling
     return list(items.values())
 
 
-async def _held(session: AsyncSession, project: str) -> set[str]:
-    """Of a REJECTED night, until a person confirms them."""
-    rows = await session.execute(
-        select(LabelUse.label_id)
-        .join(Night, col(Night.id) == col(LabelUse.night_id))
-        .where(col(Night.project) == project, col(LabelUse.role) == ROLE, col(LabelUse.held).is_(True))
-    )
-    return set(rows.scalars())
-
-
 def thumb_rows(thumbs: Thumbs) -> list[dict[str, Any]]:
     """In the form of every training row, the rated answer last: they pass the same checks."""
-    return [
-        {
-            "id": one.id,
-            "messages": [*map(plain_message, one.messages), {"role": "assistant", "content": one.answer}],
-            "kind": "label",
-        }
-        for one in thumbs.rated
-    ]
+    return [answered_row(one.id, one.messages, one.answer) for one in thumbs.rated]
 
 
 def as_thumbs(rows: Iterable[dict[str, Any]], thumbs: Thumbs) -> list[Thumb]:

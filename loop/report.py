@@ -43,9 +43,17 @@ class NightFacts:
     preflight: Preflight
     recipe: Mapping[str, str]
     licences: Mapping[str, str]  # of base and data; empty where nothing names one
-    start: str = "base"  # or the adapter that the training went on from
-    final_margin: float | None = None  # nats, chosen above rejected, at the end of dpo or orpo
     training: Mapping[str, Any] = field(default_factory=dict)  # the trainer's result, and what the watch saw of it
+
+    @property
+    def start(self) -> str:
+        """The adapter that the training went on from, or "base"."""
+        return str(self.training.get("start", "base"))
+
+    @property
+    def final_margin(self) -> float | None:
+        """Nats, chosen above rejected, at the end of dpo or orpo."""
+        return self.training.get("final_margin")
 
 
 def summary(facts: NightFacts) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> S
         backend="unsloth" if backend == "unsloth" else "peft",
         rank=spec.lora.rank,
         targets=spec.lora.target_modules,
-        optimizer="adamw8bit" if getattr(spec.schedule, "optimizer", "") == "adamw_8bit" else "adamw",
+        optimizer=spec.schedule.optimizer,
         compute_bytes=machine.compute_bytes,
         device=machine.device,
         eager_attention=backend == "peft" and machine.device == "cpu" and longest <= EAGER_UP_TO_TOKENS,

@@ -24,6 +24,7 @@ MOVES: dict[S, frozenset[S]] = {
     S.PROMOTED: frozenset({S.ROLLED_BACK}),
     S.ROLLED_BACK: frozenset({S.PROMOTING}),
 }
+AT_WORK = frozenset({S.CLAIMED, S.RUNNING, S.PROMOTING})  # something is done on the night
 DECISIONS = frozenset(state for state in S if state.value.isupper())
 
 

@@ -16,7 +16,6 @@ from loop.adapter_files import read_base_config
 
 NAMES_SHOWN = 3
 SPECIAL = ("bos", "eos", "pad", "unk")
-PLACES = ("config.json", "generation_config.json", "tokenizer_config.json")
 Ids = tuple[int, ...]
 
 
@@ -62,7 +61,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles | None:
         ids=ids,
         added=added,
         declared=_declared(folder, config.get("added_tokens_decoder") or {}),
-        special={kind: _special(folder, kind, ids, named[kind]) for kind in SPECIAL},
+        special=_special(folder, ids, named),
         unknown={kind: name for kind, name in named.items() if name and name not in ids},
     )
 
@@ -177,22 +176,23 @@ def _of_tokenizer(places: Mapping[str, Ids]) -> Ids:
     return places.get("tokenizer_config.json") or next((ids for ids in places.values() if ids), ())
 
 
-def _special(folder: Path, kind: str, ids: Mapping[str, int], named: str) -> dict[str, Ids]:
-    """By file; empty where the file names none."""
-    found = {
-        "config.json": _numbers(read_base_config(folder).get(f"{kind}_token_id")),
-        "generation_config.json": _numbers(
-            _json(folder / "generation_config.json", missing_ok=True).get(f"{kind}_token_id")
-        ),
-        "tokenizer_config.json": (ids[named],) if named in ids else (),
+def _special(folder: Path, ids: Mapping[str, int], named: Mapping[str, str]) -> dict[str, dict[str, Ids]]:
+    """By kind and file; empty where the file names none."""
+    base, generation = read_base_config(folder), _json(folder / "generation_config.json", missing_ok=True)
+    return {
+        kind: {
+            "config.json": _numbers(base.get(f"{kind}_token_id")),
+            "generation_config.json": _numbers(generation.get(f"{kind}_token_id")),
+            "tokenizer_config.json": (ids[name],) if name in ids else (),
+        }
+        for kind, name in named.items()
     }
-    return {place: tuple(sorted(found[place])) for place in PLACES}
 
 
 def _numbers(value: Any) -> Ids:
     """Of one id or several; -1 is an old way to say none."""
     listed = value if isinstance(value, list) else [value]
-    return tuple(number for number in listed if type(number) is int and number >= 0)
+    return tuple(sorted(number for number in listed if type(number) is int and number >= 0))
 
 
 def _name(value: Any) -> str:

@@ -21,7 +21,7 @@ from loop.scoring import ExamItem
 from loop.tables import Adapter, LabelUse, Night, Serving
 
 Row = dict[str, Any]
-Kept = TypeVar("Kept", Label, GoodAnswer)
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ async def choose_labels(
     """`share_alone`: of the new labels, the most that may rest on one and the same person alone."""
     ready = await labels_ready(session, project)
     used = await used_by_current(session, project)
-    held = await _held(session, project)
+    withheld = await held(session, project)
     trainable = [label for label in ready if not label.held_out]
-    free = [label for label in trainable if label.id not in held]
+    free = [label for label in trainable if label.id not in withheld]
     new = [label for label in free if label.id not in used or label.updated_at > used[label.id].created_at]
     newest = {label.id for label in new}
     taken, above_share = within_share(new, share_alone)
@@ -56,7 +56,7 @@ async def choose_labels(
         new=tuple(taken),
         replay=tuple(older[:replay_max_rows]),
         held_out=tuple(label for label in ready if label.held_out),
-        held_back=tuple(label for label in trainable if label.id in held),
+        held_back=tuple(label for label in trainable if label.id in withheld),
         above_share=tuple(above_share),
     )
 
@@ -80,7 +80,8 @@ async def used_by_current(session: AsyncSession, project: str) -> dict[str, Nigh
     return dict.fromkeys(uses.scalars(), night)
 
 
-async def _held(session: AsyncSession, project: str) -> set[str]:
+async def held(session: AsyncSession, project: str) -> set[str]:
+    """Labels and thumbs of a REJECTED night, until a person confirms them."""
     rows = await session.execute(
         select(LabelUse.label_id)
         .join(Night, col(Night.id) == col(LabelUse.night_id))
@@ -114,10 +115,11 @@ def redacted_labels(labels: Iterable[Label], by: Redactor) -> tuple[Label, ...]:
 
     Without those whose names can't be recognised.
     """
-    return tuple(_readable(labels, _redacted_label, by))
+    return tuple(readable(labels, _redacted_label, by))
 
 
-def _readable(rows: Iterable[Kept], redact: Callable[[Kept, Redactor], Kept], by: Redactor) -> Iterator[Kept]:
+def readable(rows: Iterable[Kept], redact: Callable[[Kept, Redactor], Kept], by: Redactor) -> Iterator[Kept]:
+    """Redacted, without those whose names can't be recognised."""
     for row in rows:
         with contextlib.suppress(NamesNotRead):
             yield redact(row, by)
@@ -136,7 +138,7 @@ def _redacted_label(label: Label, by: Redactor) -> Label:
 
 
 def redacted_good_answers(answers: Iterable[GoodAnswer], by: Redactor) -> list[GoodAnswer]:
-    return list(_readable(answers, _redacted_good_answer, by))
+    return list(readable(answers, _redacted_good_answer, by))
 
 
 def _redacted_good_answer(good: GoodAnswer, by: Redactor) -> GoodAnswer:
@@ -150,11 +152,12 @@ def _redacted_good_answer(good: GoodAnswer, by: Redactor) -> GoodAnswer:
 def label_row(label: Label) -> Row:
     """A conversational row whose last message, the correction, alone carries the loss."""
     assert label.correction is not None
-    return {
-        "id": label.id,
-        "messages": [*map(plain_message, label.messages), {"role": "assistant", "content": label.correction}],
-        "kind": "label",
-    }
+    return answered_row(label.id, label.messages, label.correction)
+
+
+def answered_row(name: str, prompt: Iterable[dict[str, Any]], answer: str) -> Row:
+    said = [*map(plain_message, prompt), {"role": "assistant", "content": answer}]
+    return {"id": name, "messages": said, "kind": "label"}
 
 
 def plain_message(message: dict[str, Any]) -> dict[str, Any]:

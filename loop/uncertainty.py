@@ -26,11 +26,11 @@ from loop.clients import Clients
 from loop.examination import BYTES_A_TOKEN
 from loop.serving import get_serving
 from loop.settings import ProjectSettings
-from loop.tables import Night, NightState
+from loop.states import AT_WORK
+from loop.tables import Night
 from loop.vllm import Message, Replica
 
 log = structlog.get_logger()
-AT_WORK = (NightState.CLAIMED, NightState.RUNNING, NightState.PROMOTING)
 LONGEST_NIGHT = timedelta(days=8)
 TEMPERATURE = 0.8
 ANOTHER_ANSWER = "0"

@@ -109,12 +109,12 @@ class Replica:
     async def models(self) -> list[str]:
         return [model.name for model in await self.served_models()]
 
-    async def sleep(self, level: int = 1) -> None:
+    async def sleep(self) -> None:
         """Gives the GPU's memory back until `wake_up`: weights go to the host's memory (level 1), the cache is dropped.
 
         vLLM has it with --enable-sleep-mode, and over HTTP in its development mode only.
         """
-        response = await self._send("POST", "/sleep", params={"level": level})
+        response = await self._send("POST", "/sleep", params={"level": 1})
         if response.status_code in {404, 405}:
             raise RequestRefused(
                 f"vLLM at {self.url} has no sleep mode",

@@ -21,7 +21,6 @@ class Rendered(Strict):
 class Audit(Strict):
     """`rendered` is what an engine must repeat, token for token; `differences` are harmless, `warnings` are not."""
 
-    tokens_known: int
     rows: int
     stop_ids: tuple[int, ...]
     rendered: tuple[Rendered, ...]

@@ -51,7 +51,7 @@ async def run(context: StageContext) -> Delta:
     answers = await base_answers(
         replica,
         project.base_name,
-        answering_digest(project, base_digest(project.base_dir)),
+        answering_digest(project, await asyncio.to_thread(base_digest, project.base_dir)),
         project.replay,
         context.data_dir,
         whole=project.trainer.replay_loss == "ce",

@@ -94,8 +94,6 @@ async def _facts(context: StageContext) -> NightFacts:
         recipe=_recipe(context, trained),
         licences={"base": licence(context.project.base_dir), "data": context.project.data_licence},
         training={**trained.result, **trained.watched},
-        start=trained.result.get("start", "base"),
-        final_margin=trained.result.get("final_margin"),
     )
 
 

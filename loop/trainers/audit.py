@@ -63,7 +63,6 @@ def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
     examples = tokenise(rows, tokenizer, stops, spec.lengths.max_length)
     end_is_learnt(examples, stops, tokenizer.pad_token_id or 0, trained_tokens)
     found = Audit(
-        tokens_known=len(tokenizer),
         rows=len(rows),
         stop_ids=tuple(sorted(stops)),
         rendered=tuple(rendered(tokenizer, rows)),

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback
 
+from loop.base_weights import INDEX
 from loop.machine_memory import meminfo
 
 PREFIX = "base_model.model."  # peft's
-INDEX = "model.safetensors.index.json"
 ROOM = 1.2  # beside the weights themselves
 
 

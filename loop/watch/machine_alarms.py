@@ -86,7 +86,7 @@ class Silence:
 
     def __init__(self, settings: NoProgress) -> None:
         self._settings = settings
-        self._last_at: float | None = None
+        self._stepped = False
         self._waited = 0.0
         self._looked: float | None = None
         self._took: deque[float] = deque(maxlen=STEPS_AWAY)
@@ -97,11 +97,11 @@ class Silence:
             self._waited += sample.at - self._looked
         self._looked = sample.at
         if sample.step is not None:
-            if self._last_at is not None:
+            if self._stepped:
                 self._took.append(self._waited)
-            self._last_at, self._waited = sample.at, 0.0
+            self._stepped, self._waited = True, 0.0
             return None
-        if self._last_at is None:
+        if not self._stepped:
             limit, since = self._settings.start_seconds, "since the start"
         else:
             usual = median(self._took) if self._took else 0.0

@@ -31,28 +31,18 @@ def training_lines(training: Mapping[str, Any]) -> list[str]:
 
 def cost_lines(cost: Mapping[str, Any]) -> list[str]:
     """Only what is known."""
-    whole = _quantities(cost.get("gpu_minutes"), cost.get("energy_wh"), cost.get("money"), cost.get("currency", ""))
+    currency = cost.get("currency", "")
+    whole = _quantities(cost, currency)
     if not whole:
         return []
     lines = ["", f"Measured: {whole}."]
-    for name, of in (("label", "labels"), ("fixed prompt", "fixed")):
-        share = cost.get("per_label" if name == "label" else "per_fixed") or {}
-        told = _quantities(
-            share.get("gpu_minutes"), share.get("energy_wh"), share.get("money"), cost.get("currency", "")
-        )
+    for name, of, share in (("label", "labels", "per_label"), ("fixed prompt", "fixed", "per_fixed")):
+        told = _quantities(cost.get(share) or {}, currency)
         if told:
             lines.append(f"A {name} ({cost[of]}): {told}.")
     return lines
 
 
-def _quantities(
-    gpu_minutes: float | None = None, energy_wh: float | None = None, money: float | None = None, currency: str = ""
-) -> str:
-    parts = []
-    if gpu_minutes is not None:
-        parts.append(f"{gpu_minutes:.3g} GPU minutes")
-    if energy_wh is not None:
-        parts.append(f"{energy_wh:.3g} Wh while training")
-    if money is not None:
-        parts.append(f"{money:.3g} {currency}")
-    return ", ".join(parts)
+def _quantities(spent: Mapping[str, Any], currency: str) -> str:
+    units = {"gpu_minutes": "GPU minutes", "energy_wh": "Wh while training", "money": currency}
+    return ", ".join(f"{spent[name]:.3g} {unit}" for name, unit in units.items() if spent.get(name) is not None)

@@ -38,6 +38,7 @@ class Truce:
         urls = (settings.metrics_url,) if settings.metrics_url else tuple(f"{one.url}/metrics" for one in replicas)
         self._latency = Latency(settings.metric, settings.quantile, settings.min_requests)
         self._urls = urls
+        self._client: httpx.AsyncClient | None = None  # made when it is needed: that takes tens of milliseconds
         self._breaks = 0
         self._kept_since: float | None = None
         self.broken: str | None = None
@@ -75,6 +76,8 @@ class Truce:
             if looking is not None:
                 looking.cancel()
                 await asyncio.gather(looking, return_exceptions=True)
+            if self._client is not None:
+                await self._client.aclose()
             if self._settings.sleep:
                 await self._wake()
 
@@ -123,8 +126,10 @@ class Truce:
 
     async def _measured(self) -> float | None:
         """Of the requests since the last look, the slowest replica's; None where there were too few."""
-        async with httpx.AsyncClient(timeout=METRICS_SECONDS, trust_env=False) as client:
-            found = [await self._of(client, url) for url in self._urls]
+        if self._client is None:
+            fresh = httpx.Limits(max_keepalive_connections=0)  # between two looks an engine may have been restarted
+            self._client = httpx.AsyncClient(timeout=METRICS_SECONDS, trust_env=False, limits=fresh)
+        found = [await self._of(self._client, url) for url in self._urls]
         return max((seconds for seconds in found if seconds is not None), default=None)
 
     async def _of(self, client: httpx.AsyncClient, url: str) -> float | None:

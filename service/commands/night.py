@@ -16,12 +16,10 @@ from rich.markup import escape
 from labeling.errors import InvalidInput, NightschoolError, NotFound
 from service import installation, logging
 from service.commands.local_api import Api, chosen_project, in_path, open_api, with_api
+from service.commands.watch import nights_of
 from service.data_dir import DataDirLock
 from service.settings import Settings, load
 from service.stack import start_stack
-
-WATCH_SECONDS = 1.0
-OPEN = {"claimed", "running", "promoting"}
 
 
 class NoNight(NotFound):
@@ -89,17 +87,14 @@ async def _in_this_process(settings: Settings, closing: AsyncExitStack) -> None:
 async def _watch(api: Api, night_id: str) -> dict[str, Any]:
     console, seen = Console(), set[str]()
     with console.status("claimed") as status:
-        while True:
-            night: dict[str, Any] = await api.call("GET", f"/v1/nights/{night_id}")
+        async for night in nights_of(api, night_id):
             for stage in night["stages"]:
                 if stage["stage"] not in seen:
                     seen.add(stage["stage"])
                     console.print(f"  {stage['stage']} {stage['seconds']:.1f} s")
-            if night["state"] not in OPEN:
-                return night
             live = night["live"] or {}
             status.update(escape(" ".join(f"{key} {value}" for key, value in live.items()) or night["state"]))
-            await asyncio.sleep(WATCH_SECONDS)
+    return night
 
 
 def show(path: Path, night_id: str | None, *, project: str | None, as_json: bool) -> None:

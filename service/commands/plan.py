@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from labeling.errors import InvalidInput
-from loop.memory_estimate import ITEMS, Method
+from loop.memory_estimate import ITEMS, Method, Optimizer
 from loop.memory_record import gib
 from loop.model_shape import find_shape
 from loop.plan_advice import Answer, Question, answer
@@ -55,6 +55,9 @@ def run(
     card = _bytes(gpu)
     if method is not None and method not in get_args(Method):
         raise BadPlan(f"there is no method {method!r}", hint=f"One of: {', '.join(get_args(Method))}.")
+    known = next((one for one in get_args(Optimizer) if one == optimizer), None)
+    if known is None:
+        raise BadPlan(f"there is no optimizer {optimizer!r}", hint=f"One of: {', '.join(get_args(Optimizer))}.")
     answers = [
         answer(
             Question(
@@ -66,7 +69,7 @@ def run(
                 batch=batch,
                 rank=rank,
                 backend=backend,
-                optimizer=optimizer,
+                optimizer=known,
             )
         )
         for name, way, cards in _asked(model, method, gpus)

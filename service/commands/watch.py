@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from loop.states import AT_WORK
 from service.commands.local_api import Api, in_path, open_api
-from service.commands.watch_screen import OPEN, headline, plain, screen
+from service.commands.watch_screen import headline, plain, screen
 from service.settings import load
 
 LOOK_SECONDS = 1.0
@@ -36,11 +37,11 @@ async def _run(path: Path, project: str | None, as_json: bool) -> None:
     async with open_api(settings, only_reads=True) as api:
         chosen = api.project(project)
         newest = await api.call("GET", "/v1/nights", project=chosen, limit=20)
-        running = next((night for night in newest if night["state"] in OPEN), None)
+        running = next((night for night in newest if night["state"] in AT_WORK), None)
         if running is None or not api.served:
             _nothing_runs(chosen, running or next(iter(newest), None), as_json)
             return
-        nights = _nights(api, running["id"])
+        nights = nights_of(api, running["id"])
         if as_json:
             await _lines(nights, lambda night: json.dumps(summary(night)))
         elif console.is_terminal:
@@ -59,12 +60,12 @@ def summary(night: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _nights(api: Api, night_id: str) -> AsyncIterator[dict[str, Any]]:
+async def nights_of(api: Api, night_id: str) -> AsyncIterator[dict[str, Any]]:
     """The night again and again, for the last time when it has ended."""
     while True:
         night: dict[str, Any] = await api.call("GET", f"/v1/nights/{in_path(night_id)}")
         yield night
-        if night["state"] not in OPEN:
+        if night["state"] not in AT_WORK:
             return
         await asyncio.sleep(LOOK_SECONDS)
 
@@ -100,7 +101,7 @@ def _idle(project: str, newest: dict[str, Any] | None) -> Iterator[str]:
     if newest is None:
         yield f"Project {project} has had no night yet. `nightschool night run` makes one."
         return
-    if newest["state"] in OPEN:
+    if newest["state"] in AT_WORK:
         yield f"{headline(newest)}, but no process works on it: `nightschool up` takes it up where it stands."
         return
     yield f"No night of {project} runs. The newest: {headline(newest)}. {escape(newest['reason'] or '')}"

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loop.nightly import EXAMINE, PROMOTE
+from loop.states import AT_WORK
 
-OPEN = frozenset({"claimed", "running", "promoting"})
 BAR_WIDTH = 50
 
 
@@ -25,7 +25,7 @@ def screen(night: Mapping[str, Any]) -> RenderableType:
     """Stages, the running one's bar and figures, alarms; an ended night's reason and cure."""
     live = night["live"] or {}
     parts: list[RenderableType] = [Text(headline(night), style="bold"), _stages(night, live)]
-    if night["state"] not in OPEN:
+    if night["state"] not in AT_WORK:
         return Group(*parts, Text(night["reason"] or ""), Text(night["hint"] or ""))
     if "total_steps" in live:
         parts.append(ProgressBar(total=live["total_steps"], completed=live["step"], width=BAR_WIDTH))
@@ -42,7 +42,7 @@ def plain(night: Mapping[str, Any]) -> str:
     """One line without a cursor's tricks, for logs and pipes."""
     live = night["live"] or {}
     words = [headline(night)]
-    if night["state"] in OPEN:
+    if night["state"] in AT_WORK:
         words += [str(live.get("stage", "")), *(f"{name} {value}" for name, value in _figures(live).items())]
         words += [f"ALARM {alarm}" for alarm in live.get("alarms", ())]
     else:
