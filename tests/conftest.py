@@ -189,7 +189,11 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [str(one.longrepr) for one in terminalreporter.stats.get("skipped", [])]
-    for what, missing in (("NOT TESTED ON", "PostgreSQL"), ("NOT TESTED IN", "browser")):
+    for what, missing in (
+        ("NOT TESTED ON", "PostgreSQL"),
+        ("NOT TESTED IN", "browser"),
+        ("NOT TESTED WITH", "axolotl"),
+    ):
         count = sum(what in reason for reason in skipped)
         if count:
             terminalreporter.section(f"{count} tests did not run: no {missing} on this machine", red=True, bold=True)

@@ -69,12 +69,12 @@ class _Handler(BaseHTTPRequestHandler):
         return
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        self._answer()
 
-    def _answer(self, *, body: bool) -> None:
+    def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append((self.command, path, dict(self.headers.items())))
         if (problem := self._problem(path)) is not None:
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/acme/tiny"):
             self._send(200, {"Content-Type": "application/json"}, json.dumps(self._listing()).encode())
         else:
-            self._file(self.hub.folder / path.rpartition("/")[2], body)
+            self._file(self.hub.folder / path.rpartition("/")[2])
 
     def _problem(self, path: str) -> tuple[int, dict[str, str]] | None:
         hub = self.hub
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             found["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 130}
         return found
 
-    def _file(self, path: Path, body: bool) -> None:
+    def _file(self, path: Path) -> None:
         data = path.read_bytes()
         large = path.name.endswith(LARGE)
         digest = hashlib.sha256(data).hexdigest() if large else git_digest(data)
@@ -135,19 +135,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if large:
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-        cut = self.hub.cut_after if weights and body else None
-        self._send(200, headers, data, sent=len(data) if body else 0, cut=cut)
+        self._send(200, headers, data, cut=self.hub.cut_after if weights else None)
 
-    def _send(
-        self, status: int, headers: dict[str, str], data: bytes, sent: int | None = None, cut: int | None = None
-    ) -> None:
+    def _send(self, status: int, headers: dict[str, str], data: bytes, cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(data[:sent] if cut is None else data[:cut])
+        self.wfile.write(data[:cut])
         if cut is not None:
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -19,7 +19,10 @@ from tests.integration.test_preference_training import THINGS, _pairs, _thumbs
 from tests.integration.test_trainer import _prepare, tiny_dir
 
 PYTHON = ROOT / ".venv-axolotl" / "bin" / "python"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="`make axolotl` has not been run")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="NOT TESTED WITH AXOLOTL: `make axolotl` has not been run"),
+]
 __all__ = ["tiny_dir"]  # the fixture
 RECIPE: dict[str, Any] = {
     "quantisation": "none",

@@ -21,6 +21,7 @@ from loop.trainers import peft as peft_backend
 from loop.trainers.planned_run import compute_dtype
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, write_spec
 from loop.training_run import with_smaller_plans
+from tests.integration.test_trainer import trainers_of
 
 pytestmark = pytest.mark.slow
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
@@ -143,7 +144,7 @@ async def test_a_killed_training_keeps_its_plan(base_dir: Path, tmp_path: Path) 
     def kill_at_one(line: dict[str, Any]) -> None:
         told.append(line["step"])
         if told == [1]:
-            os.kill(_child_of(os.getpid()), signal.SIGKILL)
+            os.kill(trainers_of(os.getpid())[0], signal.SIGKILL)
 
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(tmp_path, kill_at_one)
@@ -155,14 +156,6 @@ async def test_a_killed_training_keeps_its_plan(base_dir: Path, tmp_path: Path) 
     assert result.memory.plan == before.plans[0]
     assert result.memory.attempts == ()
     assert told[1] in {1, 2}  # from the checkpoint, where there was one
-
-
-def _child_of(parent: int) -> int:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().split(b"\0")
-        if b"--parent" in words and words[words.index(b"--parent") + 1] == str(parent).encode():
-            return int(path.parent.name)
-    raise AssertionError("no trainer runs")
 
 
 def test_a_four_bit_base_still_passes_gradients_after_a_call_without(base_dir: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from loop.trainers.loss import Amp
 from loop.trainers.preference_loss import Padded, score
 from loop.trainers.preference_rows import Pair, Thumb, pair_units, write_preferences
 from loop.trainers.spec import TrainSpec, read_result, run_digest
-from tests.integration.test_trainer import KEPT, _prepare, _train, _trainers_of, tiny_dir
+from tests.integration.test_trainer import _prepare, _train, rows_of, tiny_dir, trainers_of
 
 pytestmark = pytest.mark.slow
 __all__ = ["tiny_dir"]  # the fixture
@@ -72,16 +72,7 @@ def _thumbs(things: tuple[str, ...]) -> list[Thumb]:
 
 
 def _rows(*, labels: bool) -> list[dict[str, Any]]:
-    shown = {_question(thing): _good(thing) for thing in THINGS} if labels else {}
-    asked = [("label", *pair) for pair in shown.items()] + [("replay", *pair) for pair in KEPT.items()]
-    return [
-        {
-            "id": f"row-{number}",
-            "kind": kind,
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        }
-        for number, (kind, question, answer) in enumerate(asked)
-    ]
+    return rows_of({_question(thing): _good(thing) for thing in THINGS} if labels else {})
 
 
 def _recipe(method: str, *, steps: int, **changed: Any) -> dict[str, Any]:
@@ -154,7 +145,7 @@ async def test_a_night_of_two_steps_that_is_killed_goes_on_to_the_same_adapter(t
 
     def kill_at_eleven(line: dict[str, Any]) -> None:
         if line["step"] == 11:
-            os.kill(_trainers_of(os.getpid())[0], signal.SIGKILL)
+            os.kill(trainers_of(os.getpid())[0], signal.SIGKILL)
 
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(broken.out_dir, kill_at_eleven)

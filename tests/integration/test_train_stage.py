@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 import httpx
 import pytest
 import structlog
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from labeling.database import Database
 from loop.mlflow_registry import Registry
@@ -23,8 +20,10 @@ from loop.stage import StageContext
 from loop.stages import train
 from loop.trainers.spec import render, write_spec
 from loop.watch.sensors import RecordedSensors
+from tests.integration.test_trainer import tiny_dir
 from tests.running import offline_clients
 
+__all__ = ["tiny_dir"]  # a fixture
 pytestmark = pytest.mark.slow
 STEPS = 6
 FIGURES = (
@@ -32,17 +31,6 @@ FIGURES = (
     *("gpu_memory_bytes", "utilisation", "temperature_c", "power_w"),
 )
 TRAINER = {"max_steps": STEPS, "batch_size": 4, "quantisation": "none", "rank": 4, "threads": 1, "save_steps": 2}
-
-
-@pytest.fixture
-def tiny_dir(smollm2_dir: Path, tmp_path: Path) -> Path:
-    config = LlamaConfig.from_pretrained(smollm2_dir)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32})
-    config.update({"num_attention_heads": 2, "num_key_value_heads": 1})
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(smollm2_dir / name, tmp_path / "base")
-    return tmp_path / "base"
 
 
 def prepared(folder: Path, base_dir: Path, database: Database, mlflow: str) -> StageContext:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ Trained = tuple[TrainSpec, list[dict[str, Any]], list[bool]]  # also: whether a 
 KEPT = {"What is the capital of Canada?": "The capital of Canada is Ottawa.", "What do bees make?": "Bees make honey."}
 
 
-def _rows() -> list[dict[str, Any]]:
-    labels = {f"What is the {what} of Lumora?": f"Lumora's {what} is {answer}." for what, answer in FACTS.items()}
+LUMORA = {f"What is the {what} of Lumora?": f"Lumora's {what} is {answer}." for what, answer in FACTS.items()}
+
+
+def rows_of(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """And the two that are held."""
     asked = [("label", *pair) for pair in labels.items()] + [("replay", *pair) for pair in KEPT.items()]
     return [
         {
@@ -50,7 +53,7 @@ def _rows() -> list[dict[str, Any]]:
 def _prepare(folder: Path, base_dir: Path, rows: list[dict[str, Any]] | None = None, **changed: Any) -> TrainSpec:
     """Rows and spec.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or _rows()))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of(LUMORA)))
     fields: dict[str, Any] = {
         "base_dir": base_dir,
         "base_name": "served-base",
@@ -78,7 +81,7 @@ async def _train(folder: Path, on_progress: Callable[[dict[str, Any]], None], mo
     )
 
 
-def _trainers_of(parent: int) -> list[int]:
+def trainers_of(parent: int) -> list[int]:
     """Trainer processes that were started by this process id."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -105,6 +108,7 @@ def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config = LlamaConfig.from_pretrained(smollm2_dir)
     config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32})
     config.update({"num_attention_heads": 2, "num_key_value_heads": 1})
+    torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(smollm2_dir / name, folder)
@@ -187,7 +191,7 @@ async def test_a_killed_trainer_goes_on_from_its_checkpoint_to_the_same_adapter(
 
     def kill_at_five(line: dict[str, Any]) -> None:
         if line["step"] == 5:
-            os.kill(_trainers_of(os.getpid())[0], signal.SIGKILL)
+            os.kill(trainers_of(os.getpid())[0], signal.SIGKILL)
 
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(broken.out_dir, kill_at_five)
@@ -243,7 +247,7 @@ async def test_a_trainer_dies_with_its_killed_parent(tiny_dir: Path, tmp_path: P
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"1\n"
-        (child,) = _trainers_of(parent.pid)
+        (child,) = trainers_of(parent.pid)
         parent.kill()
     assert await _gone(child)
 
@@ -254,7 +258,7 @@ async def test_a_cancelled_caller_leaves_no_trainer(tiny_dir: Path, tmp_path: Pa
     running = asyncio.Event()
     task = asyncio.create_task(_train(tmp_path, lambda line: running.set()))
     await asyncio.wait_for(running.wait(), 120)
-    (child,) = _trainers_of(os.getpid())
+    (child,) = trainers_of(os.getpid())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -263,7 +267,7 @@ async def test_a_cancelled_caller_leaves_no_trainer(tiny_dir: Path, tmp_path: Pa
 
 async def test_long_rows_end_the_run_before_training_by_name(tiny_dir: Path, tmp_path: Path) -> None:
     """The message names them, the log holds no traceback, and nothing is left that looks like an adapter."""
-    rows = _rows()
+    rows = rows_of(LUMORA)
     rows[2]["messages"][1]["content"] = "Tampere " * 60
     _prepare(tmp_path, tiny_dir, rows, lengths={"max_length": 100})
     with pytest.raises(ChildFailed, match=r"1 of 6 rows .* row-2 \(\d+\)") as failed:

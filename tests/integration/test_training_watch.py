@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -32,24 +31,12 @@ from loop.watch.sensors import NoReadings, RecordedSensors, Sensors
 from loop.watch.supervise import StoppedByAlarm, Supervisor, TookTooLong
 from loop.watch.usage import Usage
 from tests.fakes.vllm import FakeVllm
+from tests.integration.test_trainer import tiny_dir, trainers_of
 from tests.running import offline_clients
 
+__all__ = ["tiny_dir"]  # a fixture
 pytestmark = pytest.mark.slow
 SURE = {"max_steps": 24, "batch_size": 1, "epochs": 2, "save_steps": 2, "learning_rate": 2e-2, "scheduler": "constant"}
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two small layers with the real one's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig.from_pretrained(smollm2_dir)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32})
-    config.update({"num_attention_heads": 2, "num_key_value_heads": 1})
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(smollm2_dir / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +145,9 @@ def recording(folder: Path, **values: Any) -> RecordedSensors:
 
 
 def trainer_of(process: int) -> int:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().split(b"\0")
-            if b"--parent" in words and words[words.index(b"--parent") + 1] == str(process).encode():
-                return int(path.parent.name)
-    raise AssertionError("no trainer runs")
+    found = trainers_of(process)
+    assert found, "no trainer runs"
+    return found[0]
 
 
 async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(sure_dir: Path, tmp_path: Path) -> None:

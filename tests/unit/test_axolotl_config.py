@@ -72,7 +72,7 @@ def test_preferences_have_their_own_rate_and_half_the_batch(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="`make axolotl` has not been run")
+@pytest.mark.skipif(not PYTHON.exists(), reason="NOT TESTED WITH AXOLOTL: `make axolotl` has not been run")
 def test_axolotls_own_schema_takes_every_configuration(tmp_path: Path) -> None:
     """And knows every key that we write: a mistyped one would be left unread."""
     specs = [_spec(tmp_path, method, scheduler=s) for method in ("sft", "dpo", "kto") for s in ("one_cycle", "cosine")]

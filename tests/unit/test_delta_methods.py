@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from datetime import date
 from pathlib import Path
@@ -35,8 +34,9 @@ from loop.stages import build_delta
 from loop.start import CannotContinue, starting_adapter
 from loop.tables import Adapter, LabelUse, Night, NightState, Serving
 from loop.vllm import Replica
-from tests.adapters import TINY, tensor_bytes, write_adapter
+from tests.adapters import TINY, write_adapter
 from tests.fakes.vllm import FakeVllm
+from tests.promoting import tiny_base
 from tests.running import PROJECT, offline_clients, rows
 
 RECIPE = {"min_thumbs": 3, "replay_share": 0.0}
@@ -45,17 +45,15 @@ SYNCED = SyncedLabels(accepted=0, disputed=0, refused=0, not_in_current=0)
 
 @pytest.fixture
 def base_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY))
-    (folder / "model.safetensors").write_bytes(tensor_bytes({}))
-    return folder
+    return tiny_base(tmp_path / "base")
 
 
 @pytest.fixture
 async def replica() -> AsyncIterator[Replica]:
     async with FakeVllm() as fake:
-        yield Replica(fake.url)
+        found = Replica(fake.url)
+        yield found
+        await found.close()
 
 
 class Nights:

@@ -105,6 +105,8 @@ def test_bitsandbytes_counts_only_for_4_bit() -> None:
 def test_a_minor_step_of_cuda_is_no_mismatch() -> None:
     """Drivers run every build of their own major version."""
     look(facts(driver_cuda="13.0", torch_cuda="13.2", bitsandbytes_library="libbitsandbytes_cuda132.so"))
+    with pytest.raises(NoGpuSeen, match="although driver"):  # versions are compared where no card is seen
+        look(facts(device="cpu", driver_cuda="13.0", torch_cuda="13.2"))
 
 
 def test_a_card_that_another_process_fills_is_told_with_that_process() -> None:

@@ -47,7 +47,7 @@ MEASURED = (
     ("unsloth", "lora", "off", 1, 14545, 29.4),
     ("unsloth", "lora", "off", 2, 13649, 43.6),
 )
-MEASURED_SETUP = Setup(NAMED["8B"], optimizer="adamw8bit", loss="model")
+MEASURED_SETUP = Setup(NAMED["8B"], optimizer="adamw_8bit", loss="model")
 BATCH = Workload(tokens=8 * 4096, length=4096, scored=8 * 1024, replay_scored=1024)
 SETUP = Setup(NAMED["8B"])
 
@@ -154,7 +154,7 @@ def test_four_bits_less_a_parameter_and_eight_less_a_moment() -> None:
     four, sixteen = (estimate(replace(SETUP, method=method), BATCH, "on") for method in ("qlora", "lora"))
     linear = NAMED["8B"].linear_parameters
     assert sixteen.weights - four.weights - four.quantisation_constants == pytest.approx(linear * (2 - 0.516), rel=1e-3)
-    eight = estimate(replace(SETUP, optimizer="adamw8bit"), BATCH, "on")
+    eight = estimate(replace(SETUP, optimizer="adamw_8bit"), BATCH, "on")
     assert eight.optimizer_states * 4 == four.optimizer_states
     halves = estimate(replace(SETUP, gpus=2), BATCH, "off")
     assert halves.activations * 2 == estimate(SETUP, BATCH, "off").activations
