@@ -67,7 +67,7 @@ class ChildNotStarted(NightschoolError):
 class ChildControl:
     """What its starter may do to a running child and all its own children. Nothing happens to one that has ended."""
 
-    group: int
+    group: int  # the child's own process id: it leads its group
 
     def pause(self) -> None:
         """It keeps its memory, the accelerator's too, and does nothing. It still dies with us."""
@@ -77,9 +77,11 @@ class ChildControl:
         _signal(self.group, signal.SIGCONT)
 
     def park(self) -> None:
-        """A trainer writes a checkpoint after its step, and ends as `parked`."""
-        _signal(self.group, signal.SIGUSR1)
-        _signal(self.group, signal.SIGCONT)
+        """A trainer writes a checkpoint after its step, and ends as `parked`. Told to it alone: compilers that it has
+        started know no such signal, and would die of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.group, signal.SIGUSR1)
+        self.go_on()
 
 
 def _nothing(control: ChildControl) -> None:
@@ -181,10 +183,8 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        return
 
 
 def _failure(module: str, status: int, error: dict[str, Any] | None, log_path: Path) -> NightschoolError:

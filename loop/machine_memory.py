@@ -59,9 +59,15 @@ def oom_kills() -> int:
     return _statistic(PROC / "vmstat", "oom_kill") + _statistic(CGROUP / "memory.events", "oom_kill")
 
 
-def _card() -> Machine | None:
+def visible_card() -> str | None:
+    """The card of a process that is started here, as CUDA_VISIBLE_DEVICES names it; None where that hides them all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if visible in {"", "-1"}:
+    return None if visible in {"", "-1"} else visible
+
+
+def _card() -> Machine | None:
+    visible = visible_card()
+    if visible is None:
         return None
     try:
         told = subprocess.run(

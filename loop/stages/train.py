@@ -12,6 +12,7 @@ from typing import Any
 
 from labeling.errors import Unavailable
 from loop.adapter_files import check, read_base_config
+from loop.machine_memory import visible_card
 from loop.memory_record import MemoryOutcome, in_words
 from loop.outputs import Delta, Preflight, Trained
 from loop.stage import StageContext
@@ -48,7 +49,7 @@ async def run(context: StageContext) -> Trained:
             lines.put_nowait(line)
 
     logging = asyncio.create_task(_log_metrics(context, run_id, lines), name="training metrics")
-    sensors = await asyncio.to_thread(open_sensors, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0])
+    sensors = await asyncio.to_thread(open_sensors, visible_card())
     try:
         await Supervisor(context, spec, run_id, sensors, usage, show).train()
     finally:

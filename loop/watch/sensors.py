@@ -55,13 +55,15 @@ class Sensors(Protocol):
     def close(self) -> None: ...
 
 
-def open_sensors(device: str = "") -> Sensors:
-    """The best there is. `device`: as CUDA_VISIBLE_DEVICES names it, an index or the beginning of a UUID; "" is 0.
+def open_sensors(device: str | None) -> Sensors:
+    """The best there is. `device`: as CUDA_VISIBLE_DEVICES names it, an index or the beginning of a UUID. None: no
+    card is trained on, and none is metered.
 
     No sensors at all are no error: it is said once, in the log, and the night goes on without.
     """
-    with contextlib.suppress(NoSensors):
-        return NvmlSensors(pynvml, device)
+    if device is not None:
+        with contextlib.suppress(NoSensors):
+            return NvmlSensors(pynvml, device)
     if HostSensors.there():
         log.info("sensors", kind="host", hint="No NVIDIA driver: no temperature, power and clock of an accelerator.")
         return HostSensors()

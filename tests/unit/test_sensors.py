@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from loop.machine_memory import visible_card
 from loop.watch import sensors
 from loop.watch.alarms import Alarm
 from loop.watch.sensors import HostSensors, NoReadings, NoSensors, NvmlSensors, Reading, RecordedSensors, open_sensors
@@ -85,11 +86,11 @@ def test_no_driver_is_said_once_and_is_no_error(monkeypatch: pytest.MonkeyPatch)
         NvmlSensors(Nvml("nvmlInit"), "")
     monkeypatch.setattr(sensors, "pynvml", Nvml("nvmlInit"))
     with capture_logs() as logs:
-        found = open_sensors()
+        found = open_sensors("0")
     assert isinstance(found, HostSensors)
     assert [(line["log_level"], line["kind"]) for line in logs] == [("info", "host")]
     monkeypatch.setattr(HostSensors, "there", staticmethod(lambda: False))
-    none = open_sensors()
+    none = open_sensors("0")
     assert isinstance(none, NoReadings)
     assert none.read() is None
 
@@ -116,6 +117,18 @@ def used(folder: Path, seconds: float, *watts: float | None) -> Usage:
         meter.add(at, reading)
         at += seconds
     return usage
+
+
+def test_a_card_that_is_hidden_is_not_metered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its minutes and energy would be told as those of a training on the CPU."""
+    monkeypatch.setattr(sensors, "pynvml", Nvml())
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert open_sensors(visible_card()).kind == "host"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    seen = open_sensors(visible_card()).read()
+    assert seen is not None
+    assert seen.device == "card GPU-bb"
 
 
 def test_energy_is_the_integral_of_measured_power(tmp_path: Path) -> None:
