@@ -10,6 +10,7 @@ from loop import gate_statistics as statistics
 from loop.settings import GateSettings
 
 FLAGGED = ("trained", "held_out")
+EARLIER = "earlier_fixes"  # what the current model was taught: it must not be lost for what is new
 POOL = "pool"
 TASK = "task:"
 AGAINST_BASE = " against base"
