@@ -255,10 +255,11 @@ def _notes(table: Sequence[FamilyVerdict], settings: GateSettings) -> tuple[str,
 
 
 def open_bounds(table: Sequence[FamilyVerdict], settings: GateSettings) -> list[Finding]:
+    """Of the families that are not seen to have lost already."""
     return [
         Finding("margin", NightState.INCONCLUSIVE, _open_text(line, settings))
         for line in table
-        if is_open(line, settings)
+        if is_open(line, settings) and line.p_loss_holm > settings.alpha
     ]
 
 

@@ -138,6 +138,18 @@ def test_too_little_evidence_is_inconclusive_and_says_how_much_more() -> None:
     assert enough.passed, enough.reason
 
 
+def test_how_many_more_reckons_with_the_other_families() -> None:
+    """Ten lost and two won of 51 would be a loss by itself; beside four other tests it takes more of the like."""
+    verdict = judge(night(good_answers=family("good_answers", 51, right=49, lost=10, won=2)))
+    assert verdict.state is NightState.INCONCLUSIVE
+    line = next(line for line in verdict.families if line.name == "good_answers")
+    assert line.needed
+    assert line.needed > 3
+    times = (51 + line.needed) / 51
+    more = family("good_answers", 51 + line.needed, right=60, lost=round(10 * times) + 1, won=round(2 * times))
+    assert judge(night(good_answers=more)).reason.startswith("significant loss in good_answers")
+
+
 def test_a_gain_that_may_be_chance_is_inconclusive() -> None:
     """Two of eight won and none lost: p = 0.25."""
     verdict = judge(night(trained=family("trained", 8, won=2)))
