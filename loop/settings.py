@@ -16,7 +16,7 @@ from labeling.settings import LabelingSettings, ServerUrl, Strict
 from loop.methods import PATTERN as METHOD_PATTERN
 from loop.watch.settings import AlarmSettings, CostSettings, TruceSettings
 
-RATES = {"lora": (2e-3, 2e-4), "full": (1e-4, 1e-5)}  # of sft and preferences: docs/recipe.md, docs/methods.md
+RATES = {"lora": (2e-3, 2e-4), "full": (1e-4, 1e-5)}  # of sft and of preferences (docs/methods.md)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
