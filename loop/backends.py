@@ -19,13 +19,24 @@ class Limits:
 
 def limits(recipe: TrainerSettings, method: Method, *, continues: bool, replay_rows: int) -> Limits:
     """`continues`: from an adapter. `replay_rows`: of the base's own answers in this night."""
-    told = tuple(_unused(recipe))
-    if recipe.backend != "axolotl":
-        return Limits((), told)
-    return Limits(tuple(_beyond_axolotl(recipe, method, continues, replay_rows)), told)
+    refused = list(_full_elsewhere(recipe))
+    if recipe.backend == "axolotl":
+        refused += _beyond_axolotl(recipe, method, continues, replay_rows)
+    return Limits(tuple(refused), tuple(_unused(recipe)))
+
+
+def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
+    if recipe.finetuning_type == "full" and recipe.backend != "peft":
+        yield (
+            f"a full fine-tune by {recipe.backend} trains embeddings, norms and head too, which no adapter can carry, "
+            "and keeps no base to hold the model to",
+            'Set trainer.backend = "peft", or trainer.finetuning_type = "lora".',
+        )
 
 
 def _unused(recipe: TrainerSettings) -> Iterator[str]:
+    if recipe.finetuning_type == "full" and recipe.dropout:
+        yield f"trainer.dropout = {recipe.dropout:g} is not used: a full fine-tune has no adapter to drop out of"
     if recipe.backend != "peft" and recipe.quantisation == "nf4" and recipe.finish_share:
         yield (
             f"trainer.finish_share = {recipe.finish_share:g} is not used: the {recipe.backend} backend trains on the "

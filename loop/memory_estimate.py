@@ -45,7 +45,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained and how. `compute_bytes` is the width of matrix products: 2 in bfloat16, 4 in float32."""
+    """What is trained and how. `compute_bytes` is the width of matrix products: 2 in bfloat16, 4 in float32.
+
+    "full" trains the weights of `targets`, of which an adapter is extracted (loop/trainers/full_finetuning.py).
+    """
 
     shape: ModelShape
     method: Method = "qlora"
@@ -62,7 +65,7 @@ class Setup:
     @property
     def trained_parameters(self) -> int:
         if self.method == "full":
-            return self.shape.parameters
+            return self.shape.target_parameters(self.targets)
         return self.shape.adapter_parameters(self.rank, self.targets)
 
     @property
@@ -110,8 +113,8 @@ def estimate(setup: Setup, work: Workload, checkpointing: Checkpointing) -> Esti
     return Estimate(
         weights=weights,
         quantisation_constants=constants,
-        adapter=0 if setup.method == "full" else 4 * _trained(setup),
-        gradients=(2 if setup.method == "full" else 4) * _trained(setup),
+        adapter=4 * _trained(setup),
+        gradients=4 * _trained(setup),
         optimizer_states=_optimizer_bytes(setup) * _trained(setup),
         activations=peak.activations,
         attention=peak.attention,
@@ -149,9 +152,7 @@ def _moments(setup: Setup, work: Workload, checkpointing: Checkpointing) -> tupl
 
 
 def _trained(setup: Setup) -> int:
-    if setup.method != "full":
-        return setup.trained_parameters * setup.layers // setup.shape.layers
-    return _on_fullest_card(setup)
+    return setup.trained_parameters * setup.layers // setup.shape.layers
 
 
 def _on_fullest_card(setup: Setup) -> int:
@@ -162,8 +163,8 @@ def _on_fullest_card(setup: Setup) -> int:
 
 
 def _weights(setup: Setup) -> tuple[int, int]:
-    """Bytes of weights and of NF4's constants. A full fine-tune holds bfloat16, and its optimizer a float32 copy."""
-    width = 2 if setup.method == "full" else setup.compute_bytes
+    """Bytes of weights and of NF4's constants."""
+    width = setup.compute_bytes
     if setup.method != "qlora":
         return width * _on_fullest_card(setup), 0
     linear = setup.shape.linear_parameters * setup.layers // setup.shape.layers
@@ -171,10 +172,8 @@ def _weights(setup: Setup) -> tuple[int, int]:
 
 
 def _optimizer_bytes(setup: Setup) -> int:
-    """Two moments, of 4 bytes each or of one; and, beside the wide ones, a full fine-tune's float32 weights."""
-    if setup.optimizer == "adamw_8bit":
-        return 2
-    return 12 if setup.method == "full" else 8
+    """Two moments, of 4 bytes each or of one."""
+    return 2 if setup.optimizer == "adamw_8bit" else 8
 
 
 def kept_per_token(setup: Setup) -> int:
@@ -188,9 +187,8 @@ def kept_per_token(setup: Setup) -> int:
     shape, width = setup.shape, setup.compute_bytes
     h, q, k, i = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
     matrices = 2 if shape.gated else 1
-    if setup.method == "full":  # inputs are shared between projections that read the same one
-        norms = 2 * (4 + width) * h
-        return norms + width * (2 * h + 3 * q + 2 * k + (matrices + 2) * i)
+    if setup.method == "full":  # one input, in the products' width, for all projections that read it
+        return 2 * 4 * h + width * (2 * h + 3 * q + 2 * k + (matrices + 2) * i)
     if setup.backend == "unsloth":
         return width * (4 * h + 2 * q + 2 * k + matrices * i)
     sides = shape.sides()
@@ -230,10 +228,12 @@ def _held_states(setup: Setup, work: Workload) -> int:
 
 
 def _layer_workspace(setup: Setup, work: Workload) -> int:
-    """Gradients in flight in one layer's backward pass and, of NF4, the largest matrix in the products' width."""
+    """Gradients in flight in one layer's backward pass, and the largest matrix: of NF4 unpacked into the products'
+    width; of a full fine-tune the changed weight, in float32 and in that width, and its gradient in both."""
     shape, width = setup.shape, setup.compute_bytes
     in_flight = work.tokens * width * (3 * shape.hidden + 2 * shape.intermediate)
-    return in_flight + (width * shape.largest_linear if setup.method == "qlora" else 0)
+    matrix = {"qlora": width, "lora": 0, "full": 2 * (4 + width)}[setup.method]
+    return in_flight + matrix * shape.largest_linear
 
 
 def _framework(setup: Setup, comes_and_goes: int) -> int:

@@ -21,6 +21,7 @@ SECONDS_A_FLOP = 4.2e-15
 RECOMPUTING = {"off": 1.0, "on": 1.36, "offload": 1.41}  # of the time without
 BACKEND = {"unsloth": 1.0, "peft": 1.52}
 DEQUANTISING = 4.9e-12  # seconds a parameter and micro-batch: forward and backward each unpack every matrix
+CHANGING = 2e-11  # seconds a trained weight and micro-batch: base + change, gradients summed; counted in bytes
 LAUNCHING = 5.8e-3  # seconds a layer and micro-batch that kernels take to start, however small they are
 RUNG = 0.87  # the next plan down needs at most this share: less than the estimate's error would be no help
 MODES: tuple[Checkpointing, ...] = ("off", "on", "offload")
@@ -104,11 +105,20 @@ def seconds(setup: Setup, micro: Workload, checkpointing: Checkpointing) -> floa
     attention = 2 * shape.layers * shape.query_width * micro.length  # causal: half the square
     head = 2 * shape.vocabulary * shape.hidden
     flops = micro.tokens * (2 * shape.linear_parameters + attention) + micro.scored * head
-    computing = flops * SECONDS_A_FLOP * again * BACKEND[setup.backend] * (1.5 if setup.method == "full" else 1.0)
+    computing = flops * SECONDS_A_FLOP * again * BACKEND[setup.backend] * _products(setup)
     passes = 1.0 if checkpointing == "off" else 1.5  # forward, backward and, recomputing, forward again
     launching = LAUNCHING * shape.layers * passes if setup.device == "cuda" else 0.0
     unpacking = DEQUANTISING * shape.linear_parameters * passes if setup.method == "qlora" else 0.0
-    return max(computing, launching) + unpacking
+    changing = CHANGING * setup.trained_parameters if setup.method == "full" else 0.0
+    return max(computing, launching) + unpacking + changing
+
+
+def _products(setup: Setup) -> float:
+    """Matrix products, to an adapter's two (forward, and the input's gradient): a full fine-tune has the weight's
+    gradient too, and in bfloat16 the change's own product."""
+    if setup.method != "full":
+        return 1.0
+    return 2.0 if setup.compute_bytes == 2 else 1.5
 
 
 def _part(batch: Workload, tokens: int) -> Workload:

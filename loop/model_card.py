@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from loop.report import WORDS, NightFacts, family_table, one_line
 from loop.tables import Promotion
+from loop.watch.told import extraction_line
 
-RECIPE_WORDS = {"learning_rate": "learning rate"}
+RECIPE_WORDS = {"learning_rate": "learning rate", "finetuning_type": "fine-tuning"}
 
 
 def model_card(facts: NightFacts, evidence_hash: str) -> str:
@@ -42,7 +43,7 @@ def with_switch(card: str, promotion: Promotion) -> str:
 
 def _rows(facts: NightFacts) -> list[str]:
     """Data, licences and method, in a table: what an audit asks for a year later."""
-    delta, licences = facts.delta, facts.licences
+    delta, licences, extracted = facts.delta, facts.licences, extraction_line(facts.training)
     recipe = ", ".join(f"{RECIPE_WORDS.get(name, name)} {value}" for name, value in facts.recipe.items() if value)
     rows = {
         "adapter": f"`{facts.adapter_digest}`",
@@ -52,6 +53,7 @@ def _rows(facts: NightFacts) -> list[str]:
         "licence of the data": one_line(licences.get("data", "")) or "not named: `projects.data_licence`",
         "chat template": f"`{facts.preflight.template_digest or 'not recorded'}`",
         "method": one_line(recipe),
+        **({"extraction": extracted} if extracted else {}),
         "held out of training": f"{delta.held_out_items} labels",
         "trained on": one_line(facts.preflight.environment.get("device", "") or "not recorded"),
     }

@@ -83,6 +83,11 @@ class ModelShape:
     def largest_linear(self) -> int:
         return max(inputs * outputs for inputs, outputs in self.sides().values())
 
+    def target_parameters(self, targets: Sequence[str]) -> int:
+        """Of these linear layers themselves, in all blocks."""
+        sides = self.sides()
+        return self.layers * sum(sides[name][0] * sides[name][1] for name in set(targets) if name in sides)
+
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
         sides = self.sides()
         return self.layers * sum(rank * sum(sides[name]) for name in set(targets) if name in sides)

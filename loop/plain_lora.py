@@ -81,6 +81,16 @@ def expected_shapes(base: dict[str, Any], modules: Sequence[str], rank: int) -> 
             yield f"{place}.lora_B.weight", (sides[module][1], rank)
 
 
+def weights(base: dict[str, Any], modules: Sequence[str]) -> int:
+    """How many numbers the adapted layers' own weights are."""
+    sides = dict(expected_shapes(base, modules, 1))
+    return sum(
+        columns * sides[name.replace(".lora_A.", ".lora_B.")][0]
+        for name, (_, columns) in sides.items()
+        if ".lora_A." in name
+    )
+
+
 def parameters(base: dict[str, Any], modules: Sequence[str], rank: int) -> int:
     """How many numbers such a LoRA trains."""
     return sum(rows * columns for _, (rows, columns) in expected_shapes(base, modules, rank))

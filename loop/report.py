@@ -11,11 +11,14 @@ from loop.gate_families import EARLIER, FLAGGED, POOL, FamilyVerdict
 from loop.outputs import Delta, Evaluated, Preflight, Registered
 from loop.settings import GateSettings
 from loop.tables import NightState
-from loop.watch.told import cost_lines, training_lines
+from loop.watch.told import cost_lines, extraction_line, keeps_little, training_lines
 
 REGRESSIONS_SHOWN = 20
 TEXT_SHOWN = 160
-TRAINING = ("time_limited", "steps", "planned_steps", "rate_scale", "roll_backs", "restarts", "alarms", "notes")
+TRAINING = (
+    *("time_limited", "steps", "planned_steps", "rate_scale", "roll_backs", "restarts", "alarms", "notes"),
+    "extraction",
+)
 WORDS = {
     NightState.AWAITING_APPROVAL: "passed the gate, awaiting approval",
     NightState.REJECTED: "REJECTED",
@@ -132,6 +135,7 @@ def _head(facts: NightFacts) -> str:
     others = [f"- also: {finding.reason}" for finding in verdict.findings[1:]]
     notes = [f"- note: {note}" for note in verdict.notes]
     notes += [f"- before training: {warning}" for warning in facts.preflight.warnings]
+    notes += [f"- {extraction_line(facts.training)}"] if keeps_little(facts.training) else []
     lines = [
         f"# {facts.registered.adapter}: {WORDS[verdict.state]}",
         "",

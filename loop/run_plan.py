@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from loop.machine_memory import Machine
-from loop.memory_estimate import Checkpointing, Setup, Workload
+from loop.memory_estimate import Checkpointing, Method, Setup, Workload
 from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
 from loop.memory_record import gib
 from loop.model_shape import UnknownShape, read_shape
@@ -59,7 +59,7 @@ def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> S
     """Raises UnknownShape where the base is none whose memory is known here."""
     return Setup(
         shape=read_shape(spec.base_dir),
-        method="qlora" if spec.quantisation == "nf4" else "lora",
+        method=_method(spec),
         backend="unsloth" if backend == "unsloth" else "peft",
         rank=spec.lora.rank,
         targets=spec.lora.target_modules,
@@ -68,6 +68,12 @@ def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> S
         device=machine.device,
         eager_attention=backend == "peft" and machine.device == "cpu" and longest <= EAGER_UP_TO_TOKENS,
     )
+
+
+def _method(spec: TrainSpec) -> Method:
+    if spec.finetuning_type == "full":
+        return "full"
+    return "qlora" if spec.quantisation == "nf4" else "lora"
 
 
 def plans_of(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -> tuple[Plan, ...]:

@@ -16,6 +16,7 @@ from labeling.settings import LabelingSettings, ServerUrl, Strict
 from loop.methods import PATTERN as METHOD_PATTERN
 from loop.watch.settings import AlarmSettings, CostSettings, TruceSettings
 
+RATES = {"lora": (2e-3, 2e-4), "full": (1e-4, 1e-5)}  # of sft and of preferences (docs/methods.md)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -122,13 +123,21 @@ class TrainerSettings(Strict):
     preference_beta: float = Field(
         0.1, gt=0, le=100, description="dpo, kto: how strongly the base holds; orpo: weight of the odds ratio"
     )
-    preference_learning_rate: float = Field(2e-4, gt=0, le=1, description="Of dpo, orpo and kto; sft has its own")
+    preference_learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Of dpo, orpo and kto; unless given 2e-4, of a full fine-tune 1e-5"
+    )
+    finetuning_type: Literal["lora", "full"] = Field(
+        "lora",
+        description="full: the weights of target_modules themselves; an adapter of this rank is extracted in the end",
+    )
     quantisation: str = Field("nf4", pattern="^(nf4|none)$")
     rank: int = Field(16, ge=1, le=512)
     alpha: float = Field(32, gt=0, le=1024)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = LINEAR_LAYERS
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Of sft; unless given 2e-3, of a full fine-tune 1e-4"
+    )
     epochs: float = Field(4, gt=0, le=1000, description="Passes over the labels")
     min_steps: int = Field(80, ge=1, le=10_000, description="Few labels are passed over more often, up to this")
     replay_share: float = Field(0.4, ge=0, le=0.9, description="Of the rows of every batch; 0 = no replay")
@@ -177,6 +186,21 @@ class TrainerSettings(Strict):
     alarms: AlarmSettings = AlarmSettings()
     truce: TruceSettings = TruceSettings()
 
+    @model_validator(mode="after")
+    def _full_in_full(self) -> TrainerSettings:
+        if self.finetuning_type == "full" and self.quantisation != "none":
+            raise ValueError(
+                'finetuning_type = "full" trains the weights themselves, which 4 bits can\'t hold: set quantisation = '
+                '"none" too'
+            )
+        return self
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of sft and of preferences: as given, else those that suit what is trained."""
+        sft, preferences = RATES[self.finetuning_type]
+        return self.learning_rate or sft, self.preference_learning_rate or preferences
+
     def with_recipe(self, recipe: Mapping[str, Any]) -> TrainerSettings:
         """These settings with some replaced, checked like any others; raises BadRecipe.
 
@@ -187,7 +211,7 @@ class TrainerSettings(Strict):
         try:
             return TrainerSettings.model_validate({**self.model_dump(), **recipe})
         except ValidationError as error:
-            mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            mistakes = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'trainer'}: {e['msg']}" for e in error.errors())
             raise BadRecipe(f"this night's recipe: {mistakes}") from None
 
 

@@ -56,6 +56,7 @@ class Job:
     length: int = 4096
     budget_gib: float | None = None
     replay: float = 0.0
+    finetuning: str = "lora"
     lie: bool = False  # a first plan that can't hold, so that memory runs out
 
 
@@ -76,6 +77,8 @@ JOBS = (
     Job("1b-nf4-peft-off-2x4096", "1b", backend="peft"),
     Job("8b-bf16-off-1x4096", rows=1, batch=1, quantisation="none"),
     Job("8b-nf4-off-2x4096-in-parts", rows=1, batch=2),
+    Job("1b-full-off-2x4096", "1b", backend="peft", quantisation="none", finetuning="full"),
+    Job("1b-full-on-2x4096", "1b", backend="peft", quantisation="none", finetuning="full", mode="on"),
 )
 
 
@@ -155,6 +158,7 @@ class Bench:
             {
                 "base_dir": base, "base_name": "base", "base_digest": "sha256:0",
                 "data_dir": folder, "out_dir": folder / "out", "quantisation": job.quantisation,
+                "finetuning_type": job.finetuning,
                 "lora": {"rank": 16, "alpha": 16}, "lengths": {"max_length": length},
                 "schedule": {"max_steps": STEPS, "batch_size": job.batch, "epochs": 100, "min_steps": STEPS,
                              "learning_rate": 1e-4, "replay_share": job.replay},

@@ -34,6 +34,7 @@ from loop.engine_check import base_stays_base, canary  # noqa: E402
 from loop.examination_engine import own_engine  # noqa: E402
 from loop.executors import LocalExecutor  # noqa: E402
 from loop.machine_memory import this_machine  # noqa: E402
+from loop.preflight.serving import VLLM_RANKS  # noqa: E402
 from loop.run_plan import planned  # noqa: E402
 from loop.scoring import ExamItem, question_item, score  # noqa: E402
 from loop.settings import EngineSettings, ProjectSettings, TrainerSettings  # noqa: E402
@@ -205,7 +206,7 @@ def _speed(lines: Sequence[Mapping[str, Any]], result: TrainResult) -> dict[str,
         "tokens_per_s": told / (ends[-1] - ends[0]),
         "peak_memory_gib": result.peak_memory_bytes / 2**30,
         "final_loss": result.final_loss,
-        **result.model_dump(include={"packed", "not_packed", "phases", "device", "packages"}),
+        **result.model_dump(include={"packed", "not_packed", "phases", "device", "packages", "extraction"}),
     }
 
 
@@ -213,8 +214,13 @@ async def run(given: argparse.Namespace) -> bool:
     """Whether every backend's night went through; a figure below its bar is no failure."""
     prepare(given.base)
     args = ENGINE_ARGS[given.device] if given.engine_args is None else given.engine_args
-    engine = EngineSettings(managed=True, device=given.device, extra_args=tuple(args.split()))
     recipe = TrainerSettings.model_validate(json.loads(given.recipe))
+    engine = EngineSettings(
+        managed=True,
+        device=given.device,
+        extra_args=tuple(args.split()),
+        max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max(recipe.rank, EngineSettings().max_lora_rank)),
+    )
     project = ProjectSettings(name="night", base_dir=given.base, base_name="base", trainer=recipe)
     since = time.monotonic()
     async with own_engine(engine, project, given.out / "engine.log") as replica:

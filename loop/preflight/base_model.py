@@ -31,13 +31,21 @@ async def weights(look: Look) -> list[Finding]:
 
 
 async def trainable(look: Look) -> list[Finding]:
-    """A base that is quantised on disk can't be taken to 4 bits again."""
+    """A base that is quantised on disk can't be taken to 4 bits again, and has no weights to be trained themselves."""
     quantised = read_base_config(look.spec.base_dir).get("quantization_config")
-    if quantised and look.spec.quantisation == "nf4":
-        method = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else "in some way"
+    if not quantised:
+        return []
+    method = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else "in some way"
+    told = f"the base is stored quantised ({method})"
+    if look.spec.quantisation == "nf4":
         raise PreflightFailed(
-            f"the base is stored quantised ({method}): it can't be loaded in 4 bits",
+            f"{told}: it can't be loaded in 4 bits",
             hint='Use the unquantised model as base, or set trainer.quantisation = "none".',
+        )
+    if look.spec.finetuning_type == "full":
+        raise PreflightFailed(
+            f"{told}: its weights can't be trained themselves",
+            hint='Use the unquantised model as base, or set trainer.finetuning_type = "lora".',
         )
     return []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from loop.adapter_files import read_base_config
 from loop.base_weights import read_weights
 from loop.machine_memory import available_memory
-from loop.plain_lora import BLOCK_OF, parameters
+from loop.plain_lora import BLOCK_OF, parameters, weights
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look
 from loop.trainers.spec import ROWS_FILE, TrainSpec
@@ -45,12 +45,14 @@ async def disk_room(look: Look) -> list[Finding]:
 def worst_case_bytes(spec: TrainSpec) -> int:
     """Checkpoints with optimizer state, copies of adapter and data, at their real sizes, and some to spare."""
     modules = [module for module in spec.lora.target_modules if module in BLOCK_OF]  # others are refused elsewhere
-    trained = parameters(read_base_config(spec.base_dir), modules, spec.lora.rank)
+    base = read_base_config(spec.base_dir)
+    adapter = parameters(base, modules, spec.lora.rank)
+    trained = weights(base, modules) if spec.finetuning_type == "full" else adapter
     rows = spec.data_dir / ROWS_FILE
     data = rows.stat().st_size if rows.exists() else 0
     return (
         CHECKPOINTS * (CHECKPOINT_BYTES * trained + TOKENIZER_BYTES)
-        + ADAPTERS * ADAPTER_BYTES * trained
+        + ADAPTERS * ADAPTER_BYTES * adapter
         + DATA_COPIES * data
         + SPARE_BYTES
     )

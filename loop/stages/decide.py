@@ -103,6 +103,7 @@ def _recipe(context: StageContext, trained: Trained) -> dict[str, str]:
     return {
         "method": spec.method,
         "backend": context.project.trainer.backend,
+        "finetuning_type": spec.finetuning_type,
         "quantisation": spec.quantisation,
         "rank": str(spec.lora.rank),
         "alpha": f"{spec.lora.alpha:g}",

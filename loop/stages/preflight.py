@@ -21,6 +21,7 @@ from loop.run_plan import planned
 from loop.stage import StageContext
 from loop.start import starting_adapter
 from loop.trainers.spec import StartSpec, TrainSpec, read_rows, render, without_plan, write_spec
+from loop.training_cures import cures
 
 Check = Callable[[Look], Awaitable[list[Finding]]]
 
@@ -95,13 +96,15 @@ def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     if spec.method != "sft" or backend == "axolotl":
         what = "method " + spec.method if spec.method != "sft" else "the axolotl backend"
         return spec, f"memory is not planned for {what}; checkpointing {without_plan(spec).memory.checkpointing}"
-    found = planned(spec, backend, read_rows(spec.data_dir), this_machine())
+    rows, here = read_rows(spec.data_dir), this_machine()
+    found = planned(spec, backend, rows, here)
     if found.hopeless:
         leanest = found.spec.memory.plans[0]
+        what = "a full fine-tune" if spec.finetuning_type == "full" else "training"
         raise PreflightFailed(
-            f"training needs {gib(leanest.estimated_bytes)} at the least, and may take {gib(leanest.budget_bytes)}",
-            hint="Free memory, raise trainer.memory_budget_gib, lower trainer.max_length, or train with quantisation "
-            "nf4; `nightschool plan` says what fits.",
+            f"{what} needs {gib(leanest.estimated_bytes)} at the least, and may take {gib(leanest.budget_bytes)}",
+            hint=f"Each of these would do, in [projects.trainer]: {', or '.join(cures(spec, backend, rows, here))} "
+            "(free memory, or raise trainer.memory_budget_gib). `nightschool plan` says what fits.",
         )
     return found.spec, found.words
 

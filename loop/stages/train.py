@@ -60,6 +60,9 @@ async def run(context: StageContext) -> Trained:
     assert result is not None, "the executor raises unless the trainer ended well, and that writes the result"
     if result.memory is not None:
         await _log_memory(context, run_id, result.memory)
+    if result.extraction is not None:
+        with contextlib.suppress(Unavailable):  # the report says it, too
+            await registry.tag_run(run_id, {"nightschool.kept_share": f"{result.extraction.kept_share:.4f}"})
     if result.time_limited:
         told = f"{result.steps} of {result.planned_steps} planned steps"
         with contextlib.suppress(Unavailable):  # the report says it, too
@@ -147,6 +150,7 @@ def _parameters(context: StageContext, spec: TrainSpec) -> dict[str, str]:
         "method": spec.method,
         "method_why": delta.method_why,
         **start,
+        "finetuning_type": spec.finetuning_type,
         "quantisation": spec.quantisation,
         "seed": str(spec.seed),
         "base": spec.base_name,

@@ -42,6 +42,8 @@ class NotByAxolotl(InvalidInput):
 
 def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
+    if spec.finetuning_type == "full":
+        raise NotByAxolotl("axolotl does no full fine-tune that an adapter could carry")
     digest = unfinished(spec)
     if digest is None:
         return

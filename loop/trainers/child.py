@@ -47,6 +47,11 @@ class NoTrainerPackages(InvalidInput):
     default_hint = "Install nightschool[train] there, or name another environment's Python in projects.trainer.python."
 
 
+class NotByThisBackend(InvalidInput):
+    code = "not_by_this_backend"
+    default_hint = 'Set trainer.backend = "peft", or trainer.finetuning_type = "lora".'
+
+
 class Stopped(NightschoolError):
     code = "stopped"
     default_hint = "Start the same spec again: it goes on from the last checkpoint."
@@ -121,6 +126,8 @@ def _explained(error: Exception) -> NightschoolError:
 def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     """Nothing to do where the same run has finished in this folder."""
     rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
+    if spec.finetuning_type == "full" and backend.name != "peft":
+        raise NotByThisBackend(f"the {backend.name} backend does no full fine-tune that an adapter could carry")
     digest = unfinished(spec)
     if digest is None:
         return
@@ -142,7 +149,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.start is not None:
         from loop.trainers.start_adapter import start_from
 
-        start_from(model, spec.start, spec.lora)
+        start_from(model, spec.start, spec.lora, spec.finetuning_type)
     channel.mark("loaded")
     _train_and_write(spec, model, tokenizer, data, digest, channel, memory)
 
@@ -197,9 +204,12 @@ def _train_and_write(
 ) -> None:
     from loop.trainers.adapter import write_adapter
     from loop.trainers.checkpoints import CHECKPOINTS
+    from loop.trainers.extraction import extract
     from loop.trainers.phases import train_phases
 
     trained = train_phases(spec, model, tokenizer, data, digest, channel, memory)
+    full = extract(trained.model, spec.lora, spec.seed) if spec.finetuning_type == "full" else None
+    weights = full.weights if full else None
     result = TrainResult(
         run_digest=digest,
         steps=trained.steps,
@@ -218,9 +228,11 @@ def _train_and_write(
         time_limited=trained.time_limited,
         rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=trained.peak_memory_bytes,
-        adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name),
+        adapter_files=write_adapter(trained.model, spec.out_dir / "adapter", spec.base_name, weights),
         packages=versions(),
         device=trained.device,
+        finetuning_type=spec.finetuning_type,
+        extraction=full.outcome if full else None,
         memory=memory.outcome() if memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())

@@ -1,4 +1,7 @@
-"""`python -m loop.trainers.peft SPEC`: LoRA and QLoRA with transformers, peft and bitsandbytes; on a CPU or one GPU."""
+"""`python -m loop.trainers.peft SPEC`: LoRA, QLoRA and full fine-tuning with transformers, peft and bitsandbytes.
+
+On a CPU or one GPU.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,10 @@ def load(spec: TrainSpec, longest: int) -> Any:
         attn_implementation="eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa",
     )
     recompute(model, spec.memory.checkpointing)
+    if spec.finetuning_type == "full":
+        from loop.trainers.full_finetuning import with_changes
+
+        return with_changes(model, spec.lora)
     _keep_trainable(model)
     adapter = LoraConfig(
         r=spec.lora.rank,

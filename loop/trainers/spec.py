@@ -114,8 +114,9 @@ class TrainSpec(Strict):
     template_digest: str = Field("", max_length=200, description="Of the template in force")
     method: Method = "sft"
     start: StartSpec | None = None
+    finetuning_type: Literal["lora", "full"] = "lora"
     quantisation: Literal["nf4", "none"] = "nf4"
-    lora: LoraSpec = LoraSpec()
+    lora: LoraSpec = Field(LoraSpec(), description="Of a full fine-tune: the adapter to be extracted, and its layers")
     schedule: ScheduleSpec = ScheduleSpec()
     preference: PreferenceSpec = PreferenceSpec()
     lengths: LengthsSpec = LengthsSpec()
@@ -125,6 +126,12 @@ class TrainSpec(Strict):
     threads: int | None = Field(None, ge=1, le=1024)
     needs_gpu: bool = Field(False, description="The backend trains on nothing else")
     out_dir: Path
+
+    @model_validator(mode="after")
+    def _full_in_full(self) -> Self:
+        if self.finetuning_type == "full" and self.quantisation != "none":
+            raise ValueError('finetuning_type "full" trains the weights themselves: quantisation must be "none"')
+        return self
 
 
 class Message(Strict):
@@ -169,6 +176,14 @@ class Progress(Strict):
     margin: float | None = None  # of dpo, orpo: chosen above rejected, mean summed log-probability, in nats
 
 
+class Extraction(Strict):
+    """What an adapter keeps of a full fine-tune: shares, 0..1, of the trained change's squared Frobenius norm."""
+
+    kept_share: float
+    least_kept_share: float  # of a single layer
+    least_kept_layer: str
+
+
 class TrainResult(Strict):
     """`result.json`. `seconds` and `tokens` are of the whole plan, except that a resumed run counts its own seconds."""
 
@@ -195,6 +210,8 @@ class TrainResult(Strict):
     adapter_files: dict[str, str]
     packages: dict[str, str]
     device: str
+    finetuning_type: str = "lora"
+    extraction: Extraction | None = None  # of a full fine-tune
     memory: MemoryOutcome | None = None  # None where the base's shape is not known
 
 
@@ -216,6 +233,8 @@ def render(
     if settings.backend != "peft":
         flat["finish_share"] = 0.0  # Unsloth's layers are its own: none can be exchanged while it trains
 
+    flat["learning_rate"], preference_rate = settings.rates
+
     def pick(model: type[Strict]) -> dict[str, Any]:
         return {name: flat[name] for name in model.model_fields}
 
@@ -228,10 +247,11 @@ def render(
         template_digest=template_digest,
         method=method,
         start=start,
+        finetuning_type=flat["finetuning_type"],
         quantisation=flat["quantisation"],
         lora=LoraSpec(**pick(LoraSpec)),
         schedule=ScheduleSpec(**pick(ScheduleSpec)),
-        preference=PreferenceSpec(beta=settings.preference_beta, learning_rate=settings.preference_learning_rate),
+        preference=PreferenceSpec(beta=settings.preference_beta, learning_rate=preference_rate),
         lengths=LengthsSpec(max_length=settings.max_length, packing=flat["packing"]),
         memory=MemorySpec(
             budget_gib=settings.memory_budget_gib,

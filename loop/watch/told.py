@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 ALARMS_TOLD = 10
+KEPT_AT_LEAST = 0.5  # below, less than half of what was learnt is served
 
 
 def training_lines(training: Mapping[str, Any]) -> list[str]:
     """Nothing where nothing happened; `training` is the trainer's result with the watch's."""
-    lines = []
+    extracted = extraction_line(training)
+    lines = [extracted] if extracted else []
     if training.get("time_limited"):
         lines.append(
             f"**limited by time**: {training['steps']} of {training['planned_steps']} planned steps, the learning rate "
@@ -27,6 +29,23 @@ def training_lines(training: Mapping[str, Any]) -> list[str]:
     if len(raised) > ALARMS_TOLD:
         lines.append(f"{len(raised) - ALARMS_TOLD} more alarms: the night's events have all")
     return [*lines, *training.get("notes", ())]
+
+
+def extraction_line(training: Mapping[str, Any]) -> str:
+    """Of a full fine-tune: how much of it the adapter is; empty for any other training."""
+    kept = training.get("extraction")
+    if not kept:
+        return ""
+    line = (
+        f"full fine-tune: the adapter out of it keeps {kept['kept_share']:.0%} of the change (of its squared norm; "
+        f"{kept['least_kept_share']:.0%} in {kept['least_kept_layer']})"
+    )
+    return f"{line}. That is little: a higher trainer.rank keeps more" if keeps_little(training) else line
+
+
+def keeps_little(training: Mapping[str, Any]) -> bool:
+    kept = training.get("extraction")
+    return kept is not None and kept["kept_share"] < KEPT_AT_LEAST
 
 
 def cost_lines(cost: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ USUAL: tuple[tuple[str, Method, int], ...] = (
     ("7B", "full", 4),
 )
 ONE_CARD = "The trainers of this release use one card; a line for several says what each of them would have to hold."
-NOT_FULL = "Full fine-tuning is told for comparison: nights train adapters."
+FULL = "full: the weights of all linear layers are trained, and an adapter is extracted from what changed."
 
 WIDTH = 100
 
@@ -113,7 +113,7 @@ def _show(answers: list[Answer], gpu: str) -> None:
     if any(found.question.gpus > 1 for found in answers):
         console.print(ONE_CARD)
     if any(found.question.method == "full" for found in answers):
-        console.print(NOT_FULL)
+        console.print(FULL)
 
 
 def _table(answers: list[Answer], gpu: str) -> Table:

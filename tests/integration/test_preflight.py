@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 from labeling.database import Database, now
 from labeling.errors import NightschoolError
 from loop import nightly
+from loop.machine_memory import Machine
+from loop.memory_estimate import GIB
 from loop.outputs import Delta, Preflight
 from loop.preflight import machine, serving, trainer_environment
 from loop.preflight.finding import PreflightFailed
@@ -24,6 +26,7 @@ from loop.settings import EngineSettings, ProjectSettings
 from loop.stage import StageContext
 from loop.stages import preflight
 from loop.tables import Evidence, Night
+from loop.trainers.spec import read_spec
 from loop.vllm import Replica
 from tests.bases import TEMPLATE, write_base
 from tests.fakes.vllm import FakeVllm
@@ -239,6 +242,13 @@ async def test_every_trouble_in_one_go(installed: Installed) -> None:
         ({"version": "0.21.0"}, "runs vLLM 0.21.0, which is older than 0.26"),
         ({"root": "other"}, "is not the model in"),
         ({"base": {"quantization_config": {"quant_method": "gptq"}}}, "is stored quantised (gptq)"),
+        (
+            {
+                "base": {"quantization_config": {"quant_method": "gptq"}},
+                "trainer": {"finetuning_type": "full", "quantisation": "none"},
+            },
+            "(gptq): its weights can't be trained themselves",
+        ),
     ],
 )
 async def test_what_could_not_be_served_or_trained_is_refused(
@@ -297,6 +307,27 @@ async def test_a_training_that_can_never_fit_is_refused(installed: Installed, mo
     monkeypatch.setattr(preflight, "CHECKS", (serving.same_base,))
     installed.engine.base = "other"
     assert "does not serve 'base'" in str(await failing(installed))
+
+
+async def test_a_full_fine_tune_that_does_not_fit_is_refused_with_what_would(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the planner, before the night; one that fits goes on with its plan."""
+    monkeypatch.setattr(preflight, "CHECKS", ())
+    full = {"finetuning_type": "full", "quantisation": "none"}
+    for free, fits in ((GIB, True), (GIB // 2, False)):
+        monkeypatch.setattr(preflight, "this_machine", lambda free=free: Machine("cpu", "here", GIB, free, 4))
+        trainer = installed.project.trainer.model_copy(update=full)
+        installed.project = installed.project.model_copy(update={"trainer": trainer})
+        if fits:
+            told = await installed.night()
+            spec = read_spec(Path(told.spec_path))
+            assert spec.finetuning_type == "full"
+            assert spec.memory.plans[0].budget_bytes == int(0.9 * free)
+        else:
+            error = await failing(installed)
+            assert "a full fine-tune needs" in str(error)
+            assert "for the training" in error.hint
 
 
 async def test_a_folder_that_cannot_be_written_is_told(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from loop.memory_estimate import Setup, Workload, estimate, kept_per_token
 from loop.model_shape import ALL_LAYERS, shape_of
 from loop.trainers import base_states, head_loss
 from loop.trainers.checkpointing import recompute
+from loop.trainers.full_finetuning import with_changes
+from loop.trainers.spec import LoraSpec
 
 ROWS, LENGTH = 3, 96
 SHAPE = {
@@ -26,10 +28,12 @@ SHAPE = {
 }
 
 
-def _model(mode: str) -> Any:
+def _model(mode: str, *, full: bool = False) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
     recompute(model, mode)
+    if full:
+        return with_changes(model.to(torch.bfloat16), LoraSpec(rank=2)).train()
     model = get_peft_model(model, LoraConfig(r=2, target_modules=list(ALL_LAYERS), task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -80,13 +84,27 @@ def test_autograd_keeps_what_the_estimate_counts(mode: Literal["off", "on"]) -> 
         assert kept == pytest.approx(SHAPE["num_hidden_layers"] * 2 * hidden + 4 * hidden, rel=0.05)
 
 
+def test_a_full_fine_tune_keeps_what_the_estimate_counts() -> None:
+    """Within 5 %: neither a sum of base and change nor a copy of a change is kept for the backward pass."""
+    shape = shape_of({**SHAPE, "model_type": "llama"}, "x")
+    setup = Setup(shape, method="full", backend="peft", compute_bytes=2, device="cpu")
+    model = _model("off", full=True)
+    counted = estimate(setup, Workload(tokens=ROWS * LENGTH, length=LENGTH, scored=0), "off")
+    assert counted.activations + counted.attention == pytest.approx(_step(model, autocast=True)[2], rel=0.05)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert setup.trained_parameters == trained == shape.linear_parameters
+    states = (counted.adapter, counted.gradients, counted.optimizer_states)
+    assert states == (4 * trained, 4 * trained, 8 * trained)
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("mode", ["on", "offload"])
-def test_checkpointing_changes_no_step(mode: str) -> None:
+def test_checkpointing_changes_no_step(mode: str, full: bool) -> None:
     """The same loss and the very same gradients."""
-    loss, gradients, whole = _step(_model("off"))
-    again, recomputed, kept = _step(_model(mode))
+    loss, gradients, whole = _step(_model("off", full=full), autocast=full)
+    again, recomputed, kept = _step(_model(mode, full=full), autocast=full)
     assert again == loss
-    assert len(gradients) == 2 * 7 * SHAPE["num_hidden_layers"]
+    assert len(gradients) == (1 if full else 2) * 7 * SHAPE["num_hidden_layers"]
     for one, other in zip(gradients, recomputed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert kept < whole / 5
