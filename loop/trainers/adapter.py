@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from labeling.errors import NightschoolError
 from loop.digests import write_durably
@@ -22,11 +23,15 @@ class BrokenAdapter(NightschoolError):
     default_hint = "Training diverged; lower trainer.learning_rate."
 
 
-def write_adapter(model: Any, folder: Path, base_name: str) -> dict[str, str]:
-    """Digests by file name. Vendors name the base by the path or the 4-bit copy it was loaded from: we name it."""
+def write_adapter(model: Any, folder: Path, base_name: str, saved: Path | None = None) -> dict[str, str]:
+    """Digests by file name. Vendors name the base by the path or the 4-bit copy it was loaded from: we name it.
+
+    `saved`: where a backend has put the weights together, of a model that no process holds whole.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # half of an earlier try
     folder.mkdir(parents=True)
-    files = (_config(model, base_name), _weights(model))
+    weights = get_peft_model_state_dict(model) if saved is None else load_file(saved)
+    files = (_config(model, base_name), _weights(weights))
     for name, content in zip(ADAPTER_FILES, files, strict=True):
         write_durably(folder / name, content)
     return {
@@ -35,11 +40,8 @@ def write_adapter(model: Any, folder: Path, base_name: str) -> dict[str, str]:
     }
 
 
-def _weights(model: Any) -> bytes:
-    weights = {
-        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, weight in sorted(get_peft_model_state_dict(model).items())
-    }
+def _weights(trained: Mapping[str, torch.Tensor]) -> bytes:
+    weights = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in sorted(trained.items())}
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise BrokenAdapter(f"{len(broken)} of {len(weights)} trained tensors are not finite, the first is {broken[0]}")
