@@ -69,7 +69,7 @@ class Team:
         *sums, total = flat.split([*(one.numel() for one in weights), 1])
         for one, summed in zip(weights, sums, strict=True):
             one.grad = summed.view_as(one)
-        return total.reshape(())
+        return total.reshape(()).clone()  # the sums themselves may go with the gradients
 
     def agree(self, numbers: Sequence[float]) -> tuple[float, ...]:
         """The first rank's, to all. Host memory alone: a card that is busy is not waited for."""

@@ -29,7 +29,7 @@ USUAL: tuple[tuple[str, Method, int], ...] = (
     ("7B", "full", 1),
     ("7B", "full", 4),
 )
-SEVERAL = "Of several cards each trains its share of the rows; shared out, it also holds only its share of the base."
+SEVERAL = 'Of several cards each trains its share of the rows; "shared": and holds its share of the base only.'
 NOT_FULL = "Full fine-tuning is told for comparison: nights train adapters."
 
 WIDTH = 100
@@ -125,7 +125,7 @@ def _table(answers: list[Answer], gpu: str) -> Table:
         table.add_row(
             asked.shape.name,
             asked.method,
-            f"{asked.gpus}, shared out" if asked.setup.sharded else str(asked.gpus),
+            f"{asked.gpus} shared" if asked.setup.sharded else str(asked.gpus),
             plan.checkpointing,
             f"{at_once}, {plan.micro_batches} times" if plan.micro_batches > 1 else at_once,
             gib(plan.estimated_bytes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -73,7 +74,7 @@ async def test_several_ranks_make_the_adapter_of_one(
 ) -> None:
     """The same losses, gradient norms and learning rates at each step, and the same weights, but for rounding; with
     parts of steps, replay held by KL, and more ranks than some steps have rows."""
-    changed = {"quantisation": quantisation, "lengths": {"at_once": 60}}
+    changed: dict[str, Any] = {"quantisation": quantisation, "lengths": {"at_once": 60}}
     alone = prepare(tmp_path / "alone", tiny_dir, **changed)
     several = prepare(tmp_path / "several", tiny_dir, gpus, sharding, **changed)
     lines: dict[str, list[dict[str, Any]]] = {"alone": [], "several": []}
@@ -177,7 +178,7 @@ async def test_parked_paused_and_ended_as_one(tiny_dir: Path, tmp_path: Path) ->
     assert len(steps) == at
     controls[0].park()
     with pytest.raises(ChildFailed, match="give the machine back, after step") as parked:
-        await asyncio.wait_for(task, 60)
+        await asyncio.wait_for(task, 400)
     assert parked.value.child_code == "parked"
     assert all([await _gone(process) for process in below])
     assert (tmp_path / "checkpoints" / f"checkpoint-{steps[-1]}" / "complete").exists()
@@ -194,16 +195,58 @@ async def test_parked_paused_and_ended_as_one(tiny_dir: Path, tmp_path: Path) ->
     assert all([await _gone(process, within_seconds=1) for process in below])
 
 
+def _catches(process: int, number: signal.Signals) -> bool:
+    """Whether the program has begun to listen: before, a signal would only end it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 async def test_parking_reaches_ranks_that_are_not_there_yet(tiny_dir: Path, tmp_path: Path) -> None:
     """Told while the launcher starts: the ranks hear of it after their first step."""
     prepare(tmp_path, tiny_dir, 2, schedule=LONG)
     controls: list[ChildControl] = []
     task = asyncio.create_task(train(tmp_path, on_start=controls.append))
-    await asyncio.sleep(1.0)
+    while not controls or not _catches(controls[0].group, signal.SIGUSR1):
+        await asyncio.sleep(0.01)
     controls[0].park()
     with pytest.raises(ChildFailed, match="give the machine back") as parked:
-        await asyncio.wait_for(task, 120)
+        await asyncio.wait_for(task, 400)
     assert parked.value.child_code == "parked"
+
+
+COUNTS = """
+import os
+if os.environ.get("RANK") == "0":
+    from loop.trainers.team import Team
+    most = Team.most
+    def counting(self, number):
+        import gc, json, torch
+        from torch.distributed.tensor import DTensor
+        shared = [one for one in gc.get_objects() if type(one) is torch.nn.Parameter or issubclass(type(one), DTensor)]
+        shared = [one for one in shared if isinstance(one, DTensor) and isinstance(one, torch.nn.Parameter)]
+        with open(os.environ["COUNTED"], "w") as file:
+            json.dump([sum(one.to_local().numel() for one in shared), sum(one.numel() for one in shared)], file)
+        return most(self, number)
+    Team.most = counting
+"""
+
+
+async def test_each_rank_keeps_half_of_the_layers(tiny_dir: Path, tmp_path: Path) -> None:
+    """Of all weights of all layers; nothing else is shared out, and no layer is left gathered."""
+    spec = prepare(tmp_path / "run", tiny_dir, 2, "fsdp")
+    (tmp_path / "sitecustomize.py").write_text(COUNTS)
+    await LocalExecutor().run(
+        "loop.trainers.peft",
+        spec.out_dir / "spec.json",
+        on_progress=lambda line: None,
+        log_path=spec.out_dir / "trainer.log",
+        environment={"PYTHONPATH": f"{tmp_path}:{ROOT}", "COUNTED": str(tmp_path / "counted.json")},
+    )
+    kept, whole = json.loads((tmp_path / "counted.json").read_text())
+    weights = load_file(tiny_dir / "model.safetensors")
+    assert whole == sum(weight.numel() for name, weight in weights.items() if ".layers." in name)
+    assert kept * 2 == whole
 
 
 FAILS = """
@@ -250,7 +293,7 @@ async def test_no_time_left_ends_all_ranks_at_the_same_step(tiny_dir: Path, tmp_
     """The first rank's clock decides; the adapter is whole and the result says so."""
     schedule = {**LONG, "max_steps": 100_000}
     spec = prepare(tmp_path, tiny_dir, 2, schedule=schedule, limits={"seconds": 25})
-    await asyncio.wait_for(train(tmp_path), 120)
+    await asyncio.wait_for(train(tmp_path), 400)
     result = read_result(spec.out_dir)
     assert result is not None
     assert result.time_limited
