@@ -41,7 +41,9 @@ async def read_sources(context: StageContext) -> Sources:
     share = project.labeling.annotators.share_of_delta
     thumbs_count = project.trainer.method in ("auto", "kto")
     async with context.clients.database.read() as session:
-        chosen = await examples.choose_labels(session, project.name, project.replay.max_rows, share)
+        chosen = await examples.choose_labels(
+            session, project.name, project.replay.max_rows, share, project.gate.earlier_fixes
+        )
         # Twice as many where chance may give half of them to training.
         good = await examples.good_answers(session, project.name, project.gate.good_answers * (1 + thumbs_count))
         thumbs = (
@@ -54,11 +56,11 @@ def redacted(found: Sources, settings: RedactionSettings) -> Sources:
     """What is trained on, examined and archived; changes nothing that was redacted by the same settings before."""
     by = redactor(settings)
     chosen = found.chosen
-    new, replay, held_out = (
-        examples.redacted_labels(labels, by) for labels in (chosen.new, chosen.replay, chosen.held_out)
+    new, replay, held_out, earlier = (
+        examples.redacted_labels(labels, by) for labels in (chosen.new, chosen.replay, chosen.held_out, chosen.earlier)
     )
     return Sources(
-        replace(chosen, new=new, replay=replay, held_out=held_out),
+        replace(chosen, new=new, replay=replay, held_out=held_out, earlier=earlier),
         examples.redacted_good_answers(found.good, by),
         preferences.redacted_thumbs(found.thumbs, by),
     )

@@ -15,6 +15,7 @@ from typing import Any
 from loop.digests import digest_json, read_jsonl
 from loop.evaluation_cache import EvaluationCache
 from loop.family_rows import ExaminedItem, Result, write_family
+from loop.gate_families import EARLIER
 from loop.lm_eval import Rows, Served
 from loop.outputs import FamilyResult
 from loop.scoring import ExamItem, held_out_items, score
@@ -150,7 +151,8 @@ class Examiner:
 
 def exam_families(data_dir: Path, gate: GateSettings) -> dict[str, list[ExamItem]]:
     """What the delta set apart, and the project's held-out file; a family without items is left out."""
-    families = {name: _items(data_dir / f"{name}.jsonl") for name in ("trained", "held_out", "good_answers")}
+    names = ("trained", EARLIER, "held_out", "good_answers")
+    families = {name: _items(data_dir / f"{name}.jsonl") for name in names}
     if gate.held_out_file is not None:
         families["held_out"] += held_out_items(gate.held_out_file)
     return {name: items for name, items in families.items() if items}
@@ -185,6 +187,9 @@ def _paired(models: Models, task: str, rows: Mapping[str, Mapping[str, Rows]]) -
 
 
 def _items(path: Path) -> list[ExamItem]:
+    """None where a delta of an earlier release has no such file."""
+    if path.name == f"{EARLIER}.jsonl" and not path.exists():
+        return []
     return [ExamItem.model_validate(row) for row in read_jsonl(path)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loop import gate_statistics as statistics
-from loop.gate_families import FLAGGED, MODELS, POOL, Family, FamilyVerdict, examine, is_open
+from loop.gate_families import EARLIER, FLAGGED, MODELS, POOL, Family, FamilyVerdict, examine, is_open
 from loop.settings import GateSettings
 from loop.tables import NightState
 
@@ -49,7 +49,8 @@ HINTS = {
     "nothing leaves one: compare target_modules with the base, and look at the training loss.",
     "no effect": "Nothing was learned: look at the training loss, the learning rate, the epochs and the labels.",
     "loss": "Read the regressions. More replay, fewer epochs or a lower learning rate keep what was known; wrong "
-    "labels show here too: this night's labels are held back until a person confirms them.",
+    "labels show here too: this night's labels are held back until a person confirms them. An earlier label whose "
+    "truth has changed is withdrawn, or labelled anew.",
     "no gain": "The labelled answers did not come through: look at the training loss, the epochs and the labels.",
     "no held-out gain": "Learned by heart, or labels that contradict the held-out ones: label more phrasings.",
     "latency": "Look at the answers' lengths and the rank, or raise latency_ratio_at_most.",
@@ -115,7 +116,7 @@ def _evidence(families: Sequence[Family], expected: Mapping[str, int | None], ap
 
 
 def _nothing_kept(families: Sequence[Family]) -> list[Finding]:
-    if any(family.name not in FLAGGED for family in families):
+    if any(family.name not in (*FLAGGED, EARLIER) for family in families):
         return []
     reason = "nothing examines what must stay as it is: no good answers, no general probes, no tasks"
     return [Finding("nothing kept", NightState.INCONCLUSIVE, reason)]
@@ -254,10 +255,11 @@ def _notes(table: Sequence[FamilyVerdict], settings: GateSettings) -> tuple[str,
 
 
 def open_bounds(table: Sequence[FamilyVerdict], settings: GateSettings) -> list[Finding]:
+    """Of the families that are not seen to have lost already."""
     return [
         Finding("margin", NightState.INCONCLUSIVE, _open_text(line, settings))
         for line in table
-        if is_open(line, settings)
+        if is_open(line, settings) and line.p_loss_holm > settings.alpha
     ]
 
 

@@ -10,6 +10,7 @@ from loop import gate_statistics as statistics
 from loop.settings import GateSettings
 
 FLAGGED = ("trained", "held_out")
+EARLIER = "earlier_fixes"  # what the current model was taught: it must not be lost for what is new
 POOL = "pool"
 TASK = "task:"
 AGAINST_BASE = " against base"
@@ -87,7 +88,10 @@ def examine(families: Sequence[Family], settings: GateSettings) -> list[FamilyVe
     elif pooled:
         lines.append(replace(_line(_pool(pooled), settings), bound_by="own"))
     adjusted = statistics.holm([line.p_loss for line in lines])
-    return [_with_needed(replace(line, p_loss_holm=p), settings) for line, p in zip(lines, adjusted, strict=True)]
+    tests = len(lines)
+    return [
+        _with_needed(replace(line, p_loss_holm=p), settings, tests) for line, p in zip(lines, adjusted, strict=True)
+    ]
 
 
 def _against_base(families: Sequence[Family]) -> list[Family]:
@@ -163,8 +167,10 @@ def _tests(family: Family, alpha: float) -> tuple[float, float, float]:
     return statistics.permutation_loss(losses), statistics.permutation_loss([-x for x in losses]), bound
 
 
-def _with_needed(line: FamilyVerdict, settings: GateSettings) -> FamilyVerdict:
+def _with_needed(line: FamilyVerdict, settings: GateSettings, tests: int) -> FamilyVerdict:
+    """`tests`: of a loss, whose number Holm's method weighs against the smallest p."""
     if not is_open(line, settings):
         return line
     margin = settings.margin_points / 100
-    return replace(line, needed=statistics.items_that_decide(line.lost, line.won, line.n, margin, settings.alpha))
+    needed = statistics.items_that_decide(line.lost, line.won, line.n, margin, settings.alpha, tests)
+    return replace(line, needed=needed)

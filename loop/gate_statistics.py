@@ -114,14 +114,16 @@ def standalone_items(margin: float, alpha: float = 0.05) -> int:
     return math.ceil(USUAL_DISCORDANCE * z * z / (margin * margin))
 
 
-def items_that_decide(lost: float, won: float, n: int, margin: float, alpha: float = 0.05) -> int | None:
+def items_that_decide(
+    lost: float, won: float, n: int, margin: float, alpha: float = 0.05, tests: int = 1
+) -> int | None:
     """About how many more items, losing and winning at the seen rates, decide either way; None: no number would.
 
-    The smaller of what bounds the loss below `margin` and what makes it significant.
+    The smaller of what bounds the loss below `margin` and what makes it significant among `tests` tests.
     """
     if n == 0:
         return standalone_items(margin, alpha)
-    significant = items_for_significance(lost, won, n, alpha)
+    significant = items_for_significance(lost, won, n, alpha / tests)
     candidates = [total for total in (_items_for_bound(lost, won, n, margin, alpha), significant) if total is not None]
     return max(1, min(candidates) - n) if candidates else None
 

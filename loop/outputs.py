@@ -21,7 +21,7 @@ class SyncedLabels(StageOutput):
 
 class Delta(StageOutput):
     """`data_dir` holds train.jsonl, pairs.jsonl or thumbs.jsonl where the method trains on them, and the exam items
-    trained.jsonl, held_out.jsonl, good_answers.jsonl. Its digest covers all of them."""
+    trained.jsonl, earlier_fixes.jsonl, held_out.jsonl, good_answers.jsonl. Its digest covers all of them."""
 
     data_dir: str
     digest: str
@@ -71,7 +71,7 @@ class Registered(StageOutput):
 class FamilyResult(StageOutput):
     """One family of the gate, paired per item. `rows_path` is JSONL: id, base, current, candidate (0..1), answers."""
 
-    name: str  # trained | held_out | good_answers | task:NAME
+    name: str  # trained | earlier_fixes | held_out | good_answers | task:NAME
     n: int
     base: float
     current: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loop.gate import GateVerdict, flagged
-from loop.gate_families import FLAGGED, POOL, FamilyVerdict
+from loop.gate_families import EARLIER, FLAGGED, POOL, FamilyVerdict
 from loop.outputs import Delta, Evaluated, Preflight, Registered
 from loop.settings import GateSettings
 from loop.tables import NightState
@@ -96,8 +96,8 @@ def summary(facts: NightFacts) -> dict[str, Any]:
 
 
 def general(evaluated: Evaluated) -> dict[str, float | int]:
-    """All that is not flagged prompts, taken together."""
-    others = [family for family in evaluated.families if family.name not in FLAGGED]
+    """All that the base was not corrected in, taken together."""
+    others = [family for family in evaluated.families if family.name not in (*FLAGGED, EARLIER)]
     n = sum(family.n for family in others)
     means = {
         model: sum(getattr(family, model) * family.n for family in others) / n if n else 0.0

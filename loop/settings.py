@@ -240,6 +240,9 @@ class GateSettings(Strict):
     )
     general_probes: bool = Field(True, description="Run our general-ability suite")
     good_answers: int = Field(300, ge=0, le=100_000, description="How many of the newest good answers must stay good")
+    earlier_fixes: int = Field(
+        500, ge=0, le=100_000, description="Of how many labels in the serving adapter the answer must stay right"
+    )
     tasks: tuple[TaskSettings, ...] = ()
     latency_ratio_at_most: float = Field(
         4.0,

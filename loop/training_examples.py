@@ -26,12 +26,14 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class ChosenLabels:
-    """`new`: not in the adapter that serves. `replay`: older ones, trained again against forgetting."""
+    """`new`: not in the adapter that serves. `replay`: older ones, trained again against forgetting. `earlier`: of the
+    older ones, trained again or not, those whose answers are examined."""
 
     new: tuple[Label, ...]
     replay: tuple[Label, ...]
     held_out: tuple[Label, ...]  # never trained on; examined
     held_back: tuple[Label, ...]  # of a REJECTED night, until a person confirms them
+    earlier: tuple[Label, ...] = ()
     above_share: tuple[Label, ...] = ()  # new ones that rest on one person alone, more than their share of the night
 
     @property
@@ -40,9 +42,10 @@ class ChosenLabels:
 
 
 async def choose_labels(
-    session: AsyncSession, project: str, replay_max_rows: int, share_alone: float = 1.0
+    session: AsyncSession, project: str, replay_max_rows: int, share_alone: float = 1.0, examined: int = 0
 ) -> ChosenLabels:
-    """`share_alone`: of the new labels, the most that may rest on one and the same person alone."""
+    """`share_alone`: of the new labels, the most that may rest on one and the same person alone. `examined`: at most so
+    many older ones."""
     ready = await labels_ready(session, project)
     used = await used_by_current(session, project)
     withheld = await held(session, project)
@@ -57,6 +60,7 @@ async def choose_labels(
         replay=tuple(older[:replay_max_rows]),
         held_out=tuple(label for label in ready if label.held_out),
         held_back=tuple(label for label in trainable if label.id in withheld),
+        earlier=tuple(sorted(older, key=_shuffled_for_exam)[:examined]),
         above_share=tuple(above_share),
     )
 
@@ -64,6 +68,11 @@ async def choose_labels(
 def _shuffled(label: Label) -> str:
     """A fixed order without favour: which older labels are replayed must not depend on their age."""
     return hashlib.sha256(label.id.encode()).hexdigest()
+
+
+def _shuffled_for_exam(label: Label) -> str:
+    """Another order: else the first ones would be those that are trained again, which are lost last."""
+    return hashlib.sha256(f"exam {label.id}".encode()).hexdigest()
 
 
 async def used_by_current(session: AsyncSession, project: str) -> dict[str, Night]:

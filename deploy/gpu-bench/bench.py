@@ -114,33 +114,46 @@ def check(b: Bench) -> Part:
 
 
 def qlora(b: Bench) -> Part:
-    """8B shape, rank 16 on all linear layers, rows of 4,096 tokens, two a step; the same optimizer for all."""
+    """8B shape, rank 16 on all linear layers, rows of 4,096 tokens; the same optimizer for all.
+
+    The product as a night runs it, with the recipe's eight rows a step, of which it trains as many at once as its own
+    memory plan says; then two rows a step, beside loops that take the same two, or what suits them best.
+    """
     length, steps = (64, 6) if b.tiny else (4096, 10)
     kept: dict[str, float] = {}
     whole = {"prompt_share": 0.005, "packing": "auto"}
 
     def ours() -> None:
-        run = b.train("qlora-nf4", "8b", [length] * 20, steps, 2, **whole)
-        kept["nf4"] = run.tokens_per_s
+        run = b.train("qlora-nf4", "8b", [length] * (steps * 8), steps, 8, **whole)
+        kept["planned"] = run.tokens_per_s
         b.compare("product NF4, tokens/s", run.tokens_per_s, 15_000)
+
+    def two_rows() -> None:
+        run = b.train("qlora-nf4-2-rows", "8b", [length] * (steps * 2), steps, 2, **whole)
+        kept["nf4"] = run.tokens_per_s
 
     def bare() -> None:
         kept["bare"] = b.rival("bare-unsloth", "unsloth", "8b", [[length] * 2] * steps)["tokens_per_s"]
         b.compare("product / bare Unsloth loop", kept["nf4"] / kept["bare"], 0.95)
 
     def hf_checkpointing() -> None:
-        found = b.rival("hf-checkpointing", "hf", "8b", [[length] * 2] * 7, checkpointing=True)
-        b.compare("product / transformers + peft with checkpointing", kept["nf4"] / found["tokens_per_s"], 2.0)
+        two, four = (
+            b.rival(f"hf-checkpointing-{rows}-rows", "hf", "8b", [[length] * rows] * 7, checkpointing=True)
+            for rows in (2, 4)
+        )
+        best = max(two["tokens_per_s"], four["tokens_per_s"])
+        b.compare("product / transformers + peft with checkpointing", kept["nf4"] / two["tokens_per_s"], 2.0)
+        b.tell("product / transformers + peft at its best with checkpointing", value=kept["planned"] / best)
 
     def bf16() -> None:
-        run = b.train("qlora-bf16", "8b", [length] * 20, steps, 2, **whole, quantisation="none")
+        run = b.train("qlora-bf16", "8b", [length] * (steps * 2), steps, 2, **whole, quantisation="none")
         b.compare("NF4 / bf16", kept["nf4"] / run.tokens_per_s, 0.9)
 
     def hf_best() -> None:
         found = b.rival("hf-best", "hf", "8b", [[length]] * 7)
-        b.compare("product / transformers + peft at its best", kept["nf4"] / found["tokens_per_s"], 1.5)
+        b.compare("product / transformers + peft at its best", kept["planned"] / found["tokens_per_s"], 1.5)
 
-    yield from (ours, bare, hf_checkpointing, bf16, hf_best)
+    yield from (ours, two_rows, hf_checkpointing, bare, bf16, hf_best)
 
 
 def checkpointing(b: Bench) -> Part:

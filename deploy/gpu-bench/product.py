@@ -16,7 +16,7 @@ from typing import Any
 from loop.trainers.rows import plan_batches, tokenise
 from loop.trainers.spec import TrainSpec, read_result, read_rows, write_spec
 
-TOLD = {"packed", "not_packed", "phases", "peak_memory_bytes", "device"}
+TOLD = {"packed", "not_packed", "phases", "peak_memory_bytes", "device", "memory"}
 WARM = 3  # steps that are not counted: kernels are compiled in them
 
 

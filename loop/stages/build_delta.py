@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 
 from labeling.database import insert_or_nothing
 from loop import preference_examples as preferences
@@ -16,6 +16,7 @@ from loop.contamination import clean, suite_items
 from loop.delta_sources import Sources, on_hand, read_sources, redacted
 from loop.digests import digest_folder, write_jsonl
 from loop.fitting_rows import short_enough, short_pairs, trainable
+from loop.gate_families import EARLIER
 from loop.methods import (
     NEEDS_LABELS,
     NEEDS_PAIRS,
@@ -73,9 +74,9 @@ async def run(context: StageContext) -> Delta:
     new = sum(label.id in kept_ids for label in chosen.new)
     trained = [label for label in chosen.trained if label.id in kept_ids]
     bad = [item for item in thumbs.bad if item.id in kept_ids]
-    exam = [examples.label_item(label) for label in trained] + [preferences.thumb_item(item) for item in bad]
+    exam = {**_flagged(chosen, thumbs, kept_ids), "held_out": held_out, "good_answers": good_items}
     made = preferences.as_thumbs(kept, thumbs)
-    _write(context, [row for row in kept if row["id"] not in thumbs.ids], exam, held_out, good_items)
+    _write(context, [row for row in kept if row["id"] not in thumbs.ids], exam)
     write_preferences(context.folder, pairs, made)
     await _record_use(context, chosen, thumbs, kept_ids)
     return Delta(
@@ -149,15 +150,19 @@ def _held_out_file(context: StageContext) -> list[ExamItem]:
     return held_out_items(path) if path else []
 
 
-def _write(
-    context: StageContext,
-    rows: list[examples.Row],
-    trained: list[ExamItem],
-    held_out: list[ExamItem],
-    good: list[ExamItem],
-) -> None:
+def _flagged(chosen: examples.ChosenLabels, thumbs: Thumbs, kept: Container[str]) -> dict[str, list[ExamItem]]:
+    """What was complained of: what this night is to mend, and what the serving adapter has mended already."""
+    new = [examples.label_item(label) for label in chosen.new if label.id in kept]
+    earlier = [examples.label_item(label) for label in chosen.earlier]
+    for thumb in thumbs.bad:
+        if thumb.id in kept:
+            (earlier if thumb.id in thumbs.used else new).append(preferences.thumb_item(thumb))
+    return {"trained": new, EARLIER: earlier}
+
+
+def _write(context: StageContext, rows: list[examples.Row], exam: Mapping[str, Sequence[ExamItem]]) -> None:
     write_jsonl(context.folder / "train.jsonl", rows)
-    for name, items in (("trained", trained), ("held_out", held_out), ("good_answers", good)):
+    for name, items in exam.items():
         write_jsonl(context.folder / f"{name}.jsonl", [json.loads(item.model_dump_json()) for item in items])
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 
 from labeling.errors import InvalidInput, NightschoolError, NotFound
 from service import installation, logging
 from service.commands.local_api import Api, chosen_project, in_path, open_api, with_api
 from service.commands.watch import nights_of
+from service.commands.whole_tables import WholeMarkdown
 from service.data_dir import DataDirLock
 from service.settings import Settings, load
 from service.stack import start_stack
@@ -154,4 +154,4 @@ def _print(night: dict[str, Any]) -> None:
     if night["hint"]:
         console.print(f"  {escape(night['hint'])}")
     if night["report"]:
-        console.print(Markdown(night["report"]))
+        console.print(WholeMarkdown(night["report"]))

@@ -13,6 +13,7 @@ from typing import Any
 import openai
 from rich.console import Console
 
+from labeling.errors import InvalidInput
 from service.demo import company as companies
 from service.demo import setup
 from service.demo.api import DemoBroke, Labellers, Nightschool, OnCall
@@ -28,16 +29,32 @@ NIGHT_SECONDS = 3600
 ENDED = {"SKIPPED", "FAILED", "REJECTED", "INCONCLUSIVE", "REFUSED", "EXPIRED", "PROMOTED", "awaiting_approval"}
 
 
+class NoReport(InvalidInput):
+    code = "no_report"
+    default_hint = "Name a file in a folder that is there and that you may write to."
+
+
 def run(
     *, company: Path | None, report: Path | None, leave: bool, data_dir: Path, quantisation: str, nights: int
 ) -> None:
     """Plays it; Ctrl-C at any moment ends everything that was started."""
     play = companies.load(company or companies.OURS)
+    if report is not None:
+        _try_to_write(report)
     folder = setup.fresh_folder(data_dir)
     try:
         asyncio.run(_main(play, folder, report, leave, quantisation, nights))
     except (KeyboardInterrupt, asyncio.CancelledError):
         Console().print("Ended.")
+
+
+def _try_to_write(report: Path) -> None:
+    """Now, and not in half an hour."""
+    try:
+        with report.open("a"):
+            pass
+    except OSError as error:
+        raise NoReport(f"--report {report} cannot be written: {error.strerror}") from None
 
 
 async def _main(

@@ -131,6 +131,7 @@ LATER = (
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2700)  # three nights of five minutes on two free cores; on a busy machine they take longer
 async def test_three_nights_with_restarts_between(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

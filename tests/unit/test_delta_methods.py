@@ -62,6 +62,7 @@ class Nights:
     def __init__(self, database: Database, replica: Replica, folder: Path, base_dir: Path) -> None:
         self.database, self._replica, self._folder, self._base_dir = database, replica, folder, base_dir
         self._number = 0
+        self.settings: dict[str, Any] = {}
 
     async def store(self, *stored: Any) -> None:
         """What others refer to comes first."""
@@ -84,6 +85,7 @@ class Nights:
                 "trainer": {**RECIPE, **recipe},
                 "gate": {"general_probes": False},
                 "labeling": {"annotators": {"share_of_delta": 1.0}},
+                **self.settings,
             }
         )
         return StageContext(
@@ -183,6 +185,7 @@ async def test_corrections_stay_with_sft_and_leave_no_other_file(nights: Nights)
     assert {path.name for path in folder.iterdir()} == {
         "train.jsonl",
         "trained.jsonl",
+        "earlier_fixes.jsonl",
         "held_out.jsonl",
         "good_answers.jsonl",
     }
@@ -298,12 +301,36 @@ async def test_what_the_serving_adapter_has_seen_is_not_new(nights: Nights) -> N
     await nights.store(*(row for one in more for row in said_of(one)))
     fresh = [f"ga_{n}" for n in range(20, 26)]
     await nights.store(*good_answers(26)[20:])
-    delta, _ = await nights.delta(method="kto", min_thumbs=2)
+    delta, folder = await nights.delta(method="kto", min_thumbs=2)
     assert delta.bad_thumbs == 7
+    assert ids(folder, "trained") == {one.id for one in more}
+    assert ids(folder, "earlier_fixes") == {f"it_{c * 7}" for c in "zyxw"}
     uses = {use.label_id: use.role for use in await rows(nights.database, LabelUse) if use.night_id == "ni_3"}
     assert uses["it_zzzzzzz"] == "thumb again"
     assert uses["it_mmmmmmm"] == "thumb"
     assert {uses[name] for name in fresh if is_trained(name)} == {"thumb"}
+
+
+async def test_what_the_serving_adapter_was_taught_is_examined_apart(nights: Nights) -> None:
+    """Whether it is trained again or not, thumbs too; no more of it than asked for."""
+    old = [f"old{letter * 3}" for letter in "abcdefgh"]
+    await nights.store(*(row for name in old for row in labelled(name)))
+    await nights.delta()
+    adapter = Adapter(name="v2", project=PROJECT, version=2, digest="d", base_digest="b", night_id="ni_1")
+    await nights.store(adapter)
+    await nights.store(Serving(project=PROJECT, current="v2"), *labelled("tea"), *labelled("wool"))
+    nights.settings = {"replay": {"max_rows": 2}}
+    delta, folder = await nights.delta()
+    assert (delta.label_rows, delta.replay_rows) == (2, 2)
+    assert ids(folder, "trained") == {"lb_tea", "lb_wool"}
+    assert ids(folder, "earlier_fixes") == {f"lb_{name}" for name in old}
+    nights.settings["gate"] = {"general_probes": False, "earlier_fixes": 3}
+    _, folder = await nights.delta()
+    assert len(ids(folder, "earlier_fixes")) == 3
+
+
+def ids(folder: Path, name: str) -> set[str]:
+    return {row["id"] for row in read_jsonl(folder / f"{name}.jsonl")}
 
 
 async def test_going_on_needs_an_adapter_of_this_very_shape(nights: Nights, tmp_path: Path) -> None:

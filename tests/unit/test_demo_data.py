@@ -11,6 +11,7 @@ import pytest
 
 from labeling.wording import stands_in
 from loop.digests import read_jsonl
+from service.demo.play import NoReport, run
 
 PACKAGE = Path(__file__).parents[2]
 COMPANY = PACKAGE / "service" / "demo_company"
@@ -108,3 +109,13 @@ def test_what_trains_and_what_examines_stay_apart(one: str, other: str) -> None:
     left, right = ([(text, _words(text)) for text in PROMPTS[name]] for name in (one, other))
     near = [(a, b) for (a, x), (b, y) in itertools.product(left, right) if _alike(x, y) >= ALIKE]
     assert near == []
+
+
+@pytest.mark.parametrize("report", ["gone/summary.json", "."])
+def test_a_report_that_cannot_be_written_is_refused_at_the_start(report: str, tmp_path: Path) -> None:
+    """Before anything is started or removed."""
+    with pytest.raises(NoReport, match="cannot be written"):
+        run(
+            company=None, report=tmp_path / report, leave=True, data_dir=tmp_path / "data", quantisation="nf4", nights=1
+        )
+    assert not (tmp_path / "data").exists()

@@ -171,11 +171,14 @@ def test_families_come_from_the_delta_and_the_held_out_file(tmp_path: Path) -> N
     """Empty ones are left out."""
     for name, found in (("trained", items(2)), ("held_out", items(1)), ("good_answers", [])):
         write_jsonl(tmp_path / f"{name}.jsonl", [item.model_dump() for item in found])
+    assert "earlier_fixes" not in exam_families(tmp_path, GateSettings())  # a delta that an earlier release has made
+    write_jsonl(tmp_path / "earlier_fixes.jsonl", [item.model_dump() for item in items(1)])
     file = tmp_path / "company.jsonl"
     write_jsonl(file, [{"id": "c1", "question": "Who?", "accept": ["Ann", "Bo"]}])
     families = exam_families(tmp_path, GateSettings(held_out_file=file))
     assert {name: [item.id for item in found] for name, found in families.items()} == {
         "trained": ["0", "1"],
+        "earlier_fixes": ["0"],
         "held_out": ["0", "c1"],
     }
 

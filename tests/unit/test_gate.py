@@ -98,6 +98,18 @@ def test_held_out_prompts_that_are_right_already_need_no_gain_but_may_not_be_los
     assert verdict.reason.startswith("significant loss in held_out")
 
 
+def test_earlier_fixes_are_not_paid_for_with_new_ones() -> None:
+    """However much the new labels gain; beside flagged prompts alone they are no exam of what the base knew."""
+    new = family("trained", 155, won=123)
+    kept = family("earlier_fixes", 200, right=200, lost=2)
+    assert judge(night(trained=new, earlier=kept, held_out=family("held_out", 48, right=47))).passed
+    lost = family("earlier_fixes", 200, right=200, lost=21)
+    verdict = judge(night(trained=new, earlier=lost, held_out=family("held_out", 48, right=47)))
+    assert verdict.state is NightState.REJECTED
+    assert verdict.reason.startswith("significant loss in earlier_fixes: 100 % -> 90 % of 200 (21 newly wrong")
+    assert judge([new, kept]).reason.startswith("nothing examines what must stay")
+
+
 @pytest.mark.parametrize("name", ["good_answers", "task_general", "task_choices"])
 def test_a_significant_loss_in_any_family_is_rejected_by_name(name: str) -> None:
     """One family's loss is enough, however well all others do."""
@@ -124,6 +136,18 @@ def test_too_little_evidence_is_inconclusive_and_says_how_much_more() -> None:
     assert line.needed
     enough = judge([family("trained", 24, won=23), family("good_answers", 12 + line.needed, right=12 + line.needed)])
     assert enough.passed, enough.reason
+
+
+def test_how_many_more_reckons_with_the_other_families() -> None:
+    """Ten lost and two won of 51 would be a loss by itself; beside four other tests it takes more of the like."""
+    verdict = judge(night(good_answers=family("good_answers", 51, right=49, lost=10, won=2)))
+    assert verdict.state is NightState.INCONCLUSIVE
+    line = next(line for line in verdict.families if line.name == "good_answers")
+    assert line.needed
+    assert line.needed > 3
+    times = (51 + line.needed) / 51
+    more = family("good_answers", 51 + line.needed, right=60, lost=round(10 * times) + 1, won=round(2 * times))
+    assert judge(night(good_answers=more)).reason.startswith("significant loss in good_answers")
 
 
 def test_a_gain_that_may_be_chance_is_inconclusive() -> None:
