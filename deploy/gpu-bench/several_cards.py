@@ -37,7 +37,7 @@ from loop.trainers.spec import TrainSpec, read_result, read_rows, write_spec  # 
 from loop.training_run import with_smaller_plans  # noqa: E402
 
 GIB = 2**30
-STEPS, WARM_STEPS = 8, 2
+STEPS, WARM_STEPS = 6, 2
 AT_LEAST_SECONDS = 40  # no run is begun with less left
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -52,7 +52,7 @@ class Job:
     sharding: str = "replicate"
     quantisation: str = "nf4"
     backend: str = "peft"
-    batch: int = 8
+    batch: int = 4
     length: int = 4096
     replay: float = 0.0
     mode: str = "auto"
