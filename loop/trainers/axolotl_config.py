@@ -76,6 +76,7 @@ def _sharding(spec: TrainSpec, folder: Path) -> dict[str, Any]:
         case "fsdp":
             config = fsdp_config()
             del config["fsdp_ignored_modules"], config["fsdp_activation_checkpointing"], config["fsdp_version"]
+            config["fsdp_cpu_ram_efficient_loading"] = spec.quantisation != "nf4"  # its schema refuses both together
             return {
                 "fsdp_version": 2,
                 "fsdp_config": {key.removeprefix("fsdp_"): value for key, value in config.items()},
