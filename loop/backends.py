@@ -19,10 +19,10 @@ class Limits:
 
 def limits(recipe: TrainerSettings, method: Method, *, continues: bool, replay_rows: int) -> Limits:
     """`continues`: from an adapter. `replay_rows`: of the base's own answers in this night."""
-    refused = list(_full_elsewhere(recipe))
+    refused = [*_full_elsewhere(recipe), *_beyond_its_cards(recipe, method)]
     if recipe.backend == "axolotl":
         refused += _beyond_axolotl(recipe, method, continues, replay_rows)
-    return Limits(tuple(refused), tuple(_unused(recipe)))
+    return Limits(tuple(refused), tuple(_unused(recipe, method)))
 
 
 def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
@@ -32,15 +32,49 @@ def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
             "and keeps no base to hold the model to",
             'Set trainer.backend = "peft", or trainer.finetuning_type = "lora".',
         )
+    if recipe.finetuning_type == "full" and (recipe.gpus > 1 or recipe.sharding in ("fsdp", "zero3")):
+        yield (
+            "a full fine-tune is trained on one card here",
+            'Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.finetuning_type = "lora".',
+        )
 
 
-def _unused(recipe: TrainerSettings) -> Iterator[str]:
+def _unused(recipe: TrainerSettings, method: Method) -> Iterator[str]:
     if recipe.finetuning_type == "full" and recipe.dropout:
         yield f"trainer.dropout = {recipe.dropout:g} is not used: a full fine-tune has no adapter to drop out of"
-    if recipe.backend != "peft" and recipe.quantisation == "nf4" and recipe.finish_share:
+    if recipe.quantisation == "nf4" and recipe.finish_share:
+        why = ""
+        if recipe.backend != "peft":
+            why = f"the {recipe.backend} backend trains on the quantised base to the end"
+        elif recipe.sharding == "fsdp":
+            why = "no card has the whole base to exchange it"
+        if why:
+            yield f"trainer.finish_share = {recipe.finish_share:g} is not used: {why}"
+    if recipe.gpus > 1 and method != "sft" and recipe.backend != "axolotl":
+        yield f"trainer.gpus = {recipe.gpus} is not used: method {method} is trained on one card"
+
+
+def _beyond_its_cards(recipe: TrainerSettings, method: Method) -> Iterator[tuple[str, str]]:
+    if recipe.backend == "unsloth" and recipe.sharding in ("fsdp", "zero3"):
         yield (
-            f"trainer.finish_share = {recipe.finish_share:g} is not used: the {recipe.backend} backend trains on the "
-            "quantised base to the end"
+            "Unsloth's kernels need the whole base on each card",
+            'Set trainer.sharding = "auto" or "replicate", or trainer.backend = "peft".',
+        )
+    if recipe.backend == "peft" and recipe.sharding == "zero3":
+        yield (
+            'trainer.sharding = "zero3" is DeepSpeed\'s, which the axolotl backend alone trains with',
+            'Set trainer.sharding = "fsdp", which shares out the same, or trainer.backend = "axolotl".',
+        )
+    if recipe.backend == "peft" and recipe.sharding == "fsdp" and method != "sft":
+        yield (
+            f"method {method!r} is trained on one card with the whole base on it",
+            'Set trainer.sharding = "auto", or trainer.method = "sft".',
+        )
+    rows = recipe.batch_size if method == "sft" else recipe.batch_size // 2  # a pair, or a thumb, is two
+    if recipe.backend == "axolotl" and recipe.gpus > 1 and (rows % recipe.gpus or not rows):
+        yield (
+            f"axolotl gives every card as many rows, and a step of {rows} is not so divided by {recipe.gpus}",
+            f"Set trainer.batch_size to a multiple of {recipe.gpus if method == 'sft' else 2 * recipe.gpus}.",
         )
 
 

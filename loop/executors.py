@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from labeling.errors import NightschoolError
+from loop.process_tree import descendants
 
 MAX_LINE_BYTES = 1 << 20
 SECONDS_TO_END = 5.0
@@ -25,6 +26,7 @@ LOG_LINES_SHOWN = 5
 INHERITED = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD"),
     *("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"),
+    *("NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_NVLS_ENABLE", "NCCL_CUMEM_ENABLE"),
 )
 GIVEN = {
     "HF_HUB_OFFLINE": "1",
@@ -71,14 +73,14 @@ class ChildControl:
 
     def pause(self) -> None:
         """It keeps its memory, the accelerator's too, and does nothing. It still dies with us."""
-        _signal(self.group, signal.SIGSTOP)
+        _signal_tree(self.group, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        _signal(self.group, signal.SIGCONT)
+        _signal_tree(self.group, signal.SIGCONT)
 
     def park(self) -> None:
-        """A trainer writes a checkpoint after its step, and ends as `parked`. Told to it alone: compilers that it has
-        started know no such signal, and would die of it."""
+        """A trainer writes a checkpoint after its step, and ends as `parked`. Told to it alone, which tells its ranks:
+        compilers that it has started know no such signal, and would die of it."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.group, signal.SIGUSR1)
         self.go_on()
@@ -175,9 +177,11 @@ async def _end(child: asyncio.subprocess.Process) -> None:
     """The whole group: asked first, then killed. Nothing is left behind, also when a grandchild hangs."""
     if child.returncode is None:
         _signal(child.pid, signal.SIGTERM)
-        _signal(child.pid, signal.SIGCONT)  # a paused one would not hear it
+        _signal_tree(child.pid, signal.SIGCONT)  # a paused one would not hear it
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(child.wait(), SECONDS_TO_END)
+    if child.returncode is None:
+        _signal_tree(child.pid, signal.SIGKILL)
     _signal(child.pid, signal.SIGKILL)
     await child.wait()
 
@@ -185,6 +189,15 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 def _signal(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+
+
+def _signal_tree(leader: int, number: signal.Signals) -> None:
+    """Also those below it that lead groups of their own, as a launcher's ranks do."""
+    below = descendants(leader)
+    _signal(leader, number)
+    for process in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _failure(module: str, status: int, error: dict[str, Any] | None, log_path: Path) -> NightschoolError:

@@ -1,16 +1,17 @@
-"""How much memory this machine has to give: its first card's, or its own within the control group. No torch."""
+"""How much memory this machine has to give: its cards', or its own within the control group. No torch."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 QUERY = ("nvidia-smi", "--query-gpu=memory.total,memory.free,name", "--format=csv,noheader,nounits")
+LIST = ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader")
 SECONDS_TO_ASK = 20
 
 
@@ -29,9 +30,13 @@ class Machine:
         return min(int(budget_gib * 2**30), self.free) if budget_gib is not None else int(share * self.free)
 
 
-def this_machine() -> Machine:
-    """The card that a trainer started here would use, else the host."""
-    return _card() or host()
+def this_machine(cards: int = 1) -> Machine:
+    """The card that a trainer started here would use, the fullest of several, else the host, shared by as many."""
+    there = [card for card in (_card(named) for named in _named_cards(cards)) if card is not None]
+    if there:
+        return min(there, key=lambda card: card.free)
+    here = host()
+    return replace(here, free=here.free // cards)
 
 
 def host() -> Machine:
@@ -65,18 +70,42 @@ def visible_card() -> str | None:
     return None if visible in {"", "-1"} else visible
 
 
-def _card() -> Machine | None:
+def visible_cards() -> list[str]:
+    """All that a process started here may use, as CUDA_VISIBLE_DEVICES names them; none where there is no driver."""
+    there = _asked(LIST)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not there:
+        return there
+    wanted = [name.strip() for name in named.split(",")]
+    for place, name in enumerate(wanted):  # CUDA itself stops at the first that is none
+        if name in {"", "-1"} or (name.isdigit() and name not in there):
+            return wanted[:place]
+    return wanted
+
+
+def _named_cards(cards: int) -> list[str]:
+    if cards > 1:
+        return visible_cards()[:cards]
     visible = visible_card()
-    if visible is None:
-        return None
+    return [] if visible is None else [visible]
+
+
+def _card(named: str) -> Machine | None:
+    """None: no card, or a driver that does not answer; the trainer will say what it finds."""
     try:
-        told = subprocess.run(
-            [*QUERY, f"--id={visible}"], capture_output=True, text=True, timeout=SECONDS_TO_ASK, check=True
-        )
-        total, free, name = (part.strip() for part in told.stdout.splitlines()[0].split(",", 2))
+        total, free, name = (part.strip() for part in _asked((*QUERY, f"--id={named}"))[0].split(",", 2))
         return Machine("cuda", name, int(total) * 2**20, int(free) * 2**20, 2)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None  # no card, or a driver that does not answer: the trainer will say what it finds
+    except (ValueError, IndexError):
+        return None
+
+
+def _asked(command: tuple[str, ...]) -> list[str]:
+    """The lines that it prints; none where it fails."""
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ASK, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return told.stdout.splitlines()
 
 
 def meminfo(key: str) -> int:

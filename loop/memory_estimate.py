@@ -20,6 +20,8 @@ MIB, GIB = 2**20, 2**30
 # NF4 with double quantisation: one byte for 64 weights, and four bytes for 256 of those (arXiv:2305.14314, section 3).
 CONSTANT_BYTES = 1 / 64 + 4 / (64 * 256)
 CUDA_CONTEXT = 600 * MIB  # kernels and libraries on the card before the first tensor: seen on an H100
+NCCL_BUFFERS = 400 * MIB  # beside the context, where cards talk to each other
+GATHERED = 3
 FRAGMENTS = 0.04  # of all that comes and goes: blocks that the allocator holds and can't hand out
 HOST_FRAGMENTS = 0.6  # the same of the C library's allocator and of kernels on a CPU: seen with 30M and 135M models
 HOST_LIBRARIES = 700 * MIB  # resident after importing torch, transformers, peft and trl
@@ -48,6 +50,7 @@ class Setup:
     """What is trained and how. `compute_bytes` is the width of matrix products: 2 in bfloat16, 4 in float32.
 
     "full" trains the weights of `targets`, of which an adapter is extracted (loop/trainers/full_finetuning.py).
+    Each of `gpus` trains its share of a batch; `sharded`: and holds its share of every layer, instead of all of it.
     """
 
     shape: ModelShape
@@ -60,6 +63,7 @@ class Setup:
     compute_bytes: int = 2
     device: Literal["cuda", "cpu"] = "cuda"
     gpus: int = 1
+    sharded: bool = False
     eager_attention: bool = False
 
     @property
@@ -69,9 +73,8 @@ class Setup:
         return self.shape.adapter_parameters(self.rank, self.targets)
 
     @property
-    def layers(self) -> int:
-        """On the fullest card: the layers are shared out among the cards."""
-        return -(-self.shape.layers // self.gpus)
+    def shards(self) -> int:
+        return self.gpus if self.sharded else 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def estimate(setup: Setup, work: Workload, checkpointing: Checkpointing) -> Esti
     at_loss, in_layer = _moments(setup, work, checkpointing)
     peak = at_loss if at_loss.bytes > in_layer.bytes else in_layer
     weights, constants = _weights(setup)
-    workspace = peak.workspace + _held_states(setup, work) + (MATMUL_WORKSPACE if setup.device == "cuda" else 0)
+    workspace = peak.workspace + _held_states(setup, work) + _gathered(setup)
+    workspace += MATMUL_WORKSPACE if setup.device == "cuda" else 0
     return Estimate(
         weights=weights,
         quantisation_constants=constants,
@@ -144,7 +148,7 @@ def _moments(setup: Setup, work: Workload, checkpointing: Checkpointing) -> tupl
     layer, attention = work.tokens * kept_per_token(setup), _attention(setup, work)
     logits, workspace = _logits(setup, work), _layer_workspace(setup, work)
     if checkpointing == "off":
-        kept, attention = setup.layers * layer, setup.layers * attention
+        kept, attention = setup.shape.layers * layer, setup.shape.layers * attention
         return _Moment("loss", kept, attention, logits, 0), _Moment("backward", kept, attention, 0, workspace)
     boundary = work.tokens * setup.shape.hidden * setup.compute_bytes
     held = _boundaries(setup, work) if checkpointing == "on" else 2 * boundary  # one coming back, one going out
@@ -152,23 +156,34 @@ def _moments(setup: Setup, work: Workload, checkpointing: Checkpointing) -> tupl
 
 
 def _trained(setup: Setup) -> int:
-    return setup.trained_parameters * setup.layers // setup.shape.layers
+    """On each card: adapters are trained whole on all of them."""
+    return -(-setup.trained_parameters // setup.shards) if setup.method == "full" else setup.trained_parameters
 
 
-def _on_fullest_card(setup: Setup) -> int:
-    """Parameters: its share of the layers, and the table or the head."""
+def _on_a_card(setup: Setup) -> int:
+    """Parameters: its share of the layers; table and head are whole on each, of a full fine-tune one of the two."""
     shape = setup.shape
-    table = shape.embedding_parameters if setup.gpus == 1 else shape.vocabulary * shape.hidden
-    return shape.linear_parameters * setup.layers // shape.layers + table
+    one_of_two = setup.method == "full" and setup.shards > 1
+    table = shape.vocabulary * shape.hidden if one_of_two else shape.embedding_parameters
+    return -(-shape.linear_parameters // setup.shards) + table
 
 
 def _weights(setup: Setup) -> tuple[int, int]:
-    """Bytes of weights and of NF4's constants."""
+    """Bytes of weights and of NF4's constants, which are never shared out."""
     width = setup.compute_bytes
     if setup.method != "qlora":
-        return width * _on_fullest_card(setup), 0
-    linear = setup.shape.linear_parameters * setup.layers // setup.shape.layers
-    return linear // 2 + width * (_on_fullest_card(setup) - linear), round(CONSTANT_BYTES * linear)
+        return width * _on_a_card(setup), 0
+    linear = -(-setup.shape.linear_parameters // setup.shards)
+    constants = round(CONSTANT_BYTES * setup.shape.linear_parameters)
+    return linear // 2 + width * (_on_a_card(setup) - linear), constants
+
+
+def _gathered(setup: Setup) -> int:
+    """Layers that are whole for a moment: the one at work, the next on its way, and the buffer it comes through."""
+    if not setup.sharded:
+        return 0
+    width = 0.5 if setup.method == "qlora" else setup.compute_bytes
+    return round(GATHERED * width * setup.shape.linear_parameters / setup.shape.layers)
 
 
 def _optimizer_bytes(setup: Setup) -> int:
@@ -197,7 +212,7 @@ def kept_per_token(setup: Setup) -> int:
 
 
 def _boundaries(setup: Setup, work: Workload) -> int:
-    return setup.layers * work.tokens * setup.shape.hidden * setup.compute_bytes
+    return setup.shape.layers * work.tokens * setup.shape.hidden * setup.compute_bytes
 
 
 def _attention(setup: Setup, work: Workload) -> int:
@@ -239,4 +254,4 @@ def _layer_workspace(setup: Setup, work: Workload) -> int:
 def _framework(setup: Setup, comes_and_goes: int) -> int:
     if setup.device == "cpu":
         return HOST_LIBRARIES + round(HOST_FRAGMENTS * comes_and_goes)
-    return CUDA_CONTEXT + round(FRAGMENTS * comes_and_goes)
+    return CUDA_CONTEXT + (NCCL_BUFFERS if setup.gpus > 1 else 0) + round(FRAGMENTS * comes_and_goes)

@@ -15,12 +15,16 @@ LEANER: dict[Method, tuple[Method, ...]] = {"full": ("lora", "qlora"), "lora": (
 
 @dataclass(frozen=True)
 class Question:
-    """`card_bytes` of each card; `share` of them is for training. `batch` rows of `length` tokens make a step."""
+    """`card_bytes` of each card; `share` of them is for training. `batch` rows of `length` tokens make a step.
+
+    Of several cards each trains its share of the rows; `sharded`: and holds its share of the base.
+    """
 
     shape: ModelShape
     method: Method
     card_bytes: int
     gpus: int = 1
+    sharded: bool = False
     length: int = 4096
     batch: int = 8
     rank: int = 16
@@ -33,17 +37,18 @@ class Question:
         return Setup(
             shape=self.shape,
             method=self.method,
-            backend="peft" if self.method == "full" or self.backend == "peft" else "unsloth",
+            backend="peft" if self.method == "full" or self.sharded or self.backend == "peft" else "unsloth",
             rank=self.rank,
             targets=tuple(name for name in ALL_LAYERS if name in self.shape.sides()),
             optimizer=self.optimizer,
             gpus=self.gpus,
+            sharded=self.sharded or (self.method == "full" and self.gpus > 1),
         )
 
     @property
     def work(self) -> Workload:
-        """Every token under the loss: the worst."""
-        tokens = self.batch * self.length
+        """Of one card, every token under the loss: the worst."""
+        tokens = -(-self.batch // self.gpus) * self.length
         return Workload(tokens=tokens, length=self.length, scored=tokens)
 
 
@@ -59,6 +64,9 @@ class Answer:
 
 
 def answer(question: Question) -> Answer:
+    """Shared out among the cards only where the base does not fit whole on each."""
+    if question.gpus > 1 and not question.sharded and not _best(question).fits:
+        question = replace(question, sharded=True)
     plan = _best(question)
     short = max(0, plan.estimated_bytes - plan.budget_bytes)
     items = itemised(question.setup, question.work, plan)
@@ -87,4 +95,5 @@ def _cures(question: Question, plan: Plan) -> tuple[str, ...]:
 
 
 def _fits(question: Question) -> bool:
-    return _best(question).fits
+    ways = (False, True) if question.gpus > 1 else (question.sharded,)
+    return any(_best(replace(question, sharded=sharded)).fits for sharded in ways)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from loop.memory_estimate import Checkpointing, Method, Setup, Workload
 from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
 from loop.memory_record import gib
 from loop.model_shape import UnknownShape, read_shape
-from loop.trainers.spec import Row, TrainSpec
+from loop.trainers.spec import CardsSpec, Row, TrainSpec, with_sharding
 
 EAGER_UP_TO_TOKENS = 128  # below, plain attention is a fifth faster on a CPU; above, it needs too much memory
 TEMPLATE_TOKENS = 64  # of a template's own system prompt
@@ -39,6 +39,18 @@ def heaviest_batch(sizes: Sequence[RowSize], batch_size: int) -> Workload:
     rows = min(batch_size, len(sizes))
     usual = sum(size.tokens for size in sizes) / (len(sizes) * longest)
     return Workload(rows * longest, longest, sum(answers), sum(held), usual)
+
+
+def rows_a_card(spec: TrainSpec) -> int:
+    """Of a step, at the most; where one has more, they are shorter."""
+    return -(-spec.schedule.batch_size // spec.cards.gpus)
+
+
+def name_of(machine: str, cards: CardsSpec) -> str:
+    """A plan for one way of sharing is none for another."""
+    if not cards.launched:
+        return machine
+    return f"{cards.gpus} x {machine}{', sharded' if cards.sharded else ''}"
 
 
 def row_sizes(rows: Sequence[Row], base_dir: Path, max_length: int) -> list[RowSize]:
@@ -66,6 +78,8 @@ def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> S
         optimizer=spec.schedule.optimizer,
         compute_bytes=machine.compute_bytes,
         device=machine.device,
+        gpus=spec.cards.gpus,
+        sharded=spec.cards.sharded,
         eager_attention=backend == "peft" and machine.device == "cpu" and longest <= EAGER_UP_TO_TOKENS,
     )
 
@@ -110,12 +124,29 @@ class Planned:
 
     spec: TrainSpec
     words: str
+    fits: bool = True
     hopeless: bool = False
 
 
 def planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine) -> Planned:
-    """For the preflight: from what can be known beforehand. The trainer checks it, and plans anew if need be."""
-    batch = heaviest_batch(row_sizes(rows, spec.base_dir, spec.lengths.max_length), spec.schedule.batch_size)
+    """For the preflight: from what can be known beforehand. The trainer checks it, and plans anew if need be.
+
+    `machine`: the fullest of the cards. Where it is left open, the base is shared out only if it must be.
+    """
+    if spec.cards.sharding != "auto" or not spec.cards.launched:
+        return _planned(spec, backend, rows, machine)
+    whole = _planned(with_sharding(spec, "replicate"), backend, rows, machine)
+    if whole.fits or backend == "unsloth":
+        return whole
+    found = _planned(with_sharding(spec, "fsdp"), backend, rows, machine)
+    words = f"{found.words}; the base is shared out among the cards"
+    if spec.schedule.finish_share:
+        words += ", so that finish_share is not used"
+    return replace(found, words=words)
+
+
+def _planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine) -> Planned:
+    batch = heaviest_batch(row_sizes(rows, spec.base_dir, spec.lengths.max_length), rows_a_card(spec))
     try:
         plans = plans_of(spec, backend, machine, batch)
     except UnknownShape as error:
@@ -123,11 +154,13 @@ def planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine
     first = plans[0]
     parts = f" in {first.micro_batches} parts" if first.micro_batches > 1 else ""
     words = (
-        f"memory ({machine.name}): checkpointing {first.checkpointing}, batches{parts} of at most "
+        f"memory ({name_of(machine.name, spec.cards)}): checkpointing {first.checkpointing}, batches{parts} of at most "
         f"{first.micro_tokens:,} tokens at once, {gib(first.estimated_bytes)} of {gib(first.budget_bytes)}"
+        f"{' on each card' if spec.cards.gpus > 1 else ''}"
     )
     spec = spec.model_copy(update={"memory": spec.memory.model_copy(update={"plans": plans})})
-    return Planned(spec, words, hopeless=first.estimated_bytes > ERROR * first.budget_bytes / _share(spec))
+    hopeless = first.estimated_bytes > ERROR * first.budget_bytes / _share(spec)
+    return Planned(spec, words, fits=first.fits, hopeless=hopeless)
 
 
 def _share(spec: TrainSpec) -> float:

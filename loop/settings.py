@@ -159,6 +159,11 @@ class TrainerSettings(Strict):
     )
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1)
+    gpus: int = Field(1, ge=1, le=64, description="Cards of this machine that train together (docs/several-cards.md)")
+    sharding: Literal["auto", "replicate", "fsdp", "zero3"] = Field(
+        "auto",
+        description="The base whole on each card (replicate), or shared out (fsdp; zero3: axolotl's); auto: what fits",
+    )
     replay_loss: str = Field(
         "kl", pattern="^(ce|kl)$", description="How replay rows hold the model: cross entropy, or KL to the base"
     )

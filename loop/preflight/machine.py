@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loop.adapter_files import read_base_config
 from loop.base_weights import read_weights
-from loop.machine_memory import available_memory
+from loop.machine_memory import available_memory, visible_cards
 from loop.plain_lora import BLOCK_OF, parameters, weights
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look
@@ -91,6 +91,24 @@ def write_speed(folder: Path) -> float:
     finally:
         path.unlink(missing_ok=True)
     return written / (time.monotonic() - started)
+
+
+async def cards(look: Look) -> list[Finding]:
+    """As many as are to train together; where the night trains on one, there is nothing to say."""
+    wanted = look.spec.cards
+    if not wanted.launched:
+        return []
+    there = await asyncio.to_thread(visible_cards)
+    if wanted.gpus > max(1, len(there)):
+        seen = f"{len(there)} can be seen here" if there else "none can be seen here"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise PreflightFailed(
+            f"trainer.gpus = {wanted.gpus}, and {seen}"
+            f"{f' (CUDA_VISIBLE_DEVICES is {hidden!r})' if hidden is not None else ''}",
+            hint="Lower trainer.gpus, or let CUDA_VISIBLE_DEVICES name as many cards (`nvidia-smi` lists them).",
+        )
+    plural = "cards train together" if wanted.gpus > 1 else "card trains"
+    return [Finding(f"{wanted.gpus} {plural}, sharding {wanted.sharding}")]
 
 
 async def memory(look: Look) -> list[Finding]:

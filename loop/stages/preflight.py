@@ -20,7 +20,15 @@ from loop.projects import require_same_base
 from loop.run_plan import planned
 from loop.stage import StageContext
 from loop.start import starting_adapter
-from loop.trainers.spec import StartSpec, TrainSpec, read_rows, render, without_plan, write_spec
+from loop.trainers.spec import (
+    StartSpec,
+    TrainSpec,
+    read_rows,
+    render,
+    without_plan,
+    without_sharding_left_open,
+    write_spec,
+)
 from loop.training_cures import cures
 
 Check = Callable[[Look], Awaitable[list[Finding]]]
@@ -36,6 +44,7 @@ CHECKS: tuple[Check, ...] = (
     machine.disk_room,
     machine.disk_speed,
     machine.memory,
+    machine.cards,
     caches.caches,
     trainer_environment.tokenizer_at_work,
     serving.same_tokens,
@@ -95,8 +104,9 @@ def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     """The spec with the plans for it, and the first in words."""
     if spec.method != "sft" or backend == "axolotl":
         what = "method " + spec.method if spec.method != "sft" else "the axolotl backend"
+        spec = without_sharding_left_open(spec)
         return spec, f"memory is not planned for {what}; checkpointing {without_plan(spec).memory.checkpointing}"
-    rows, here = read_rows(spec.data_dir), this_machine()
+    rows, here = read_rows(spec.data_dir), this_machine(spec.cards.gpus)
     found = planned(spec, backend, rows, here)
     if found.hopeless:
         leanest = found.spec.memory.plans[0]

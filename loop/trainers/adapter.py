@@ -26,7 +26,8 @@ class BrokenAdapter(NightschoolError):
 def write_adapter(
     model: Any, folder: Path, base_name: str, weights: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, str]:
-    """Digests by file name. `weights`: by peft's names, where they are not the model's own.
+    """Digests by file name. `weights`: by peft's names, where they are not the model's own: extracted, or put together
+    by a backend from what no process holds whole.
 
     Vendors name the base by the path or the 4-bit copy it was loaded from: we name it.
     """

@@ -6,11 +6,13 @@ written as everywhere. `loop.backends` says what this backend can't do.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from loop.digests import write_durably, write_jsonl
 from loop.trainers.axolotl_config import CONFIG, DATA, OUT, render
 from loop.trainers.checkpoints import forget_incomplete, last_complete
 from loop.trainers.child import limit_memory, live, load_tokenizer, stop_ids, unfinished, versions
+from loop.trainers.launch_config import ZERO3, zero3_config
 from loop.trainers.pace import Pace
 from loop.trainers.preference_rows import Unit, kto_weights, plan_units
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, UnfitTemplate, plan_examples, tokenise
 from loop.trainers.spec import TrainResult, TrainSpec, read_rows
+from loop.trainers.team import join, team
 
 IGNORED = -100  # as a label: no loss on this token
 
@@ -48,22 +52,40 @@ def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
     if digest is None:
         return
     _start()
+    join(channel.seat, sharded=spec.cards.sharded)
     import torch
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     limit_memory(spec)
     tokenizer = load_tokenizer(spec)
-    folder = spec.out_dir / f"axolotl-{digest.rpartition(':')[2][:16]}"  # checkpoints of another run lie elsewhere
+    folder = _folder(spec, digest)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, examples, weights = _write_data(spec, tokenizer, folder)
-    config = render(spec, folder, steps=len(tokens), on_gpu=torch.cuda.is_available(), kto_weights=weights)
-    write_durably(folder / CONFIG, _yaml(config).encode())
+    data = _data(spec, tokenizer)
+    tokens = data.tokens
+    if team().leads:
+        write_jsonl(folder / DATA, data.rows)
+        config = render(spec, folder, steps=len(tokens), on_gpu=torch.cuda.is_available(), kto_weights=data.weights)
+        write_durably(folder / CONFIG, _yaml(config).encode())
+        if spec.cards.sharding == "zero3":
+            write_durably(folder / ZERO3, json.dumps(zero3_config(spec), indent=1).encode())
+        forget_incomplete(folder / OUT)
+    team().wait()
     since = time.monotonic()
     pace = Pace(spec.schedule, len(tokens), spec.limits.seconds)
     trainer = _train(spec, folder, channel, tokens, digest, pace)
-    _write_result(spec, trainer, digest, examples, tokens, time.monotonic() - since, pace)
+    team().wait()
+    if not team().leads:
+        return
+    saved = folder / OUT / "adapter_model.safetensors" if spec.cards.sharded else None
+    _write_result(spec, trainer, digest, data, time.monotonic() - since, pace, saved)
     shutil.rmtree(folder / OUT, ignore_errors=True)
+
+
+def _folder(spec: TrainSpec, digest: str) -> Path:
+    """Checkpoints of another run lie elsewhere; so do those of other ranks, each of which wrote its part."""
+    ranks = f"-{spec.cards.gpus}-{spec.cards.sharding}" if spec.cards.launched else ""
+    return spec.out_dir / f"axolotl-{digest.rpartition(':')[2][:16]}{ranks}"
 
 
 def _start() -> None:
@@ -75,26 +97,35 @@ def _start() -> None:
         raise NoAxolotl(f"this environment lacks {error.name}, which the axolotl backend needs") from None
 
 
-def _write_data(spec: TrainSpec, tokenizer: Any, folder: Path) -> tuple[list[int], int, tuple[float, float]]:
-    """data.jsonl; (tokens of every step, rows there are, weights of thumbs)."""
+@dataclass(frozen=True)
+class Data:
+    """`rows` as axolotl reads them, `tokens` of every step, `examples` that there are, `weights` of thumbs."""
+
+    rows: list[dict[str, Any]]
+    tokens: list[int]
+    examples: int
+    weights: tuple[float, float] = (1.0, 1.0)
+
+
+def _data(spec: TrainSpec, tokenizer: Any) -> Data:
     stops, longest = stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length
     if spec.method == "sft":
         examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, longest)
         plan, _ = plan_examples(examples, spec.schedule, spec.seed)
         order = [row for batch in plan for row in batch]
-        write_jsonl(folder / DATA, [_tokenised(examples[row]) for row in order])
         size = spec.schedule.batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        return [sum(len(examples[row].tokens) for row in step) for step in steps], len(examples), (1.0, 1.0)
+        tokens = [sum(len(examples[row].tokens) for row in step) for step in steps]
+        return Data([_tokenised(examples[row]) for row in order], tokens, len(examples))
     from loop.trainers.phases import preference_units
 
     if spec.method not in ("dpo", "kto") or spec.start is not None:
         raise NotByAxolotl(f"axolotl does not train {spec.method!r} here, nor on top of an adapter")
     units = preference_units(spec, tokenizer, stops)
-    write_jsonl(folder / DATA, [_texts(unit, tokenizer) for unit in units])
     plan_of_units = plan_units(units, [], spec.schedule, spec.seed)
     weights = kto_weights(units) if spec.method == "kto" else (1.0, 1.0)
-    return [sum(units[n].tokens for n in step) for step, _ in plan_of_units], len(units), weights
+    tokens = [sum(units[n].tokens for n in step) for step, _ in plan_of_units]
+    return Data([_texts(unit, tokenizer) for unit in units], tokens, len(units), weights)
 
 
 def _tokenised(example: Example) -> dict[str, list[int]]:
@@ -141,7 +172,6 @@ def _train(spec: TrainSpec, folder: Path, channel: Channel, tokens: Sequence[int
     from loop.trainers.planned_run import Reporter
 
     checkpoint = last_complete(folder / OUT, digest)
-    forget_incomplete(folder / OUT)
     rate = spec.schedule.learning_rate if spec.method == "sft" else spec.preference.learning_rate
     spec = spec.model_copy(update={"schedule": spec.schedule.model_copy(update={"learning_rate": rate})})
     governor = Governor(pace, spec, channel, checkpoint)
@@ -158,7 +188,7 @@ def _train(spec: TrainSpec, folder: Path, channel: Channel, tokens: Sequence[int
 
 
 def _write_result(
-    spec: TrainSpec, trainer: Any, digest: str, examples: int, tokens: Sequence[int], seconds: float, pace: Pace
+    spec: TrainSpec, trainer: Any, digest: str, data: Data, seconds: float, pace: Pace, saved: Path | None
 ) -> None:
     import torch
 
@@ -170,16 +200,20 @@ def _write_result(
     result = TrainResult(
         run_digest=digest,
         steps=steps,
-        examples=examples,
-        tokens=sum(tokens[:steps]),
+        examples=data.examples,
+        tokens=sum(data.tokens[:steps]),
         seconds=round(seconds, 3),
         final_loss=sum(losses) / len(losses),
         method=spec.method,
-        planned_steps=len(tokens),
+        planned_steps=len(data.tokens),
         time_limited=pace.cut_short(steps),
         rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=peak_memory_bytes(),
-        adapter_files=write_adapter(trainer.model, spec.out_dir / "adapter", spec.base_name),
+        adapter_files=write_adapter(
+            trainer.model, spec.out_dir / "adapter", spec.base_name, load_file(saved) if saved else None
+        ),
+        gpus=team().size,
+        sharding=spec.cards.sharding if spec.cards.launched else "replicate",
         packages=versions(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )
@@ -187,4 +221,4 @@ def _write_result(
 
 
 if __name__ == "__main__":
-    sys.exit(live("Train one adapter with axolotl.", run))
+    sys.exit(live("Train one adapter with axolotl.", run, "loop.trainers.axolotl", apart=False))

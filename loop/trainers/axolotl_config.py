@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from loop.trainers.launch_config import ZERO3, fsdp_config
 from loop.trainers.preference_rows import halved
 from loop.trainers.spec import TrainSpec
 
@@ -31,12 +32,13 @@ def render(
         "strict": False,
         "plugins": ["loop.trainers.axolotl_plugin.Told"],
         **_adapter(spec),
+        **_sharding(spec, folder),
         **_data(spec, folder, kto_weights),
         "output_dir": str(folder / OUT),
         "sequence_len": spec.lengths.max_length,
         "sample_packing": False,
         "pad_to_sequence_len": False,
-        "micro_batch_size": schedule.batch_size if spec.method == "sft" else halved(schedule.batch_size),
+        "micro_batch_size": rows_a_card(spec),
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,
         "max_steps": steps,
@@ -60,6 +62,29 @@ def render(
         "gradient_checkpointing": False,
         "dataloader_pin_memory": on_gpu,
     }
+
+
+def rows_a_card(spec: TrainSpec) -> int:
+    """Of every step; axolotl deals them out in turn."""
+    rows = spec.schedule.batch_size if spec.method == "sft" else halved(spec.schedule.batch_size)
+    return max(1, rows // spec.cards.gpus)
+
+
+def _sharding(spec: TrainSpec, folder: Path) -> dict[str, Any]:
+    """axolotl sets up both by itself, whatever its launcher was given."""
+    match spec.cards.sharding:
+        case "fsdp":
+            config = fsdp_config()
+            del config["fsdp_ignored_modules"], config["fsdp_activation_checkpointing"], config["fsdp_version"]
+            config["fsdp_cpu_ram_efficient_loading"] = spec.quantisation != "nf4"  # its schema refuses both together
+            return {
+                "fsdp_version": 2,
+                "fsdp_config": {key.removeprefix("fsdp_"): value for key, value in config.items()},
+            }
+        case "zero3":
+            return {"deepspeed": str(folder / ZERO3)}
+        case _:
+            return {}
 
 
 def _adapter(spec: TrainSpec) -> dict[str, Any]:

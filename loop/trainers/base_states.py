@@ -15,6 +15,8 @@ import torch
 
 from loop.trainers.batches import Batches
 from loop.trainers.loss import Amp, answer_states
+from loop.trainers.shares import shares
+from loop.trainers.team import ALONE, Team
 
 MOST_STEPS = 32
 MOST_BYTES = 256 * 2**20  # of one block's states
@@ -22,10 +24,13 @@ TOKENS_A_PASS = 4096  # without gradients: a fraction of a training step's memor
 
 
 class BaseStates:
-    """`anew`: steps before which the base changes, so that no block may reach over them."""
+    """`anew`: steps before which the base changes, so that no block may reach over them. A rank has its own rows'."""
 
-    def __init__(self, batches: Batches, plan: Sequence[list[int]], amp: Amp, anew: Sequence[int] = ()) -> None:
+    def __init__(
+        self, batches: Batches, plan: Sequence[list[int]], amp: Amp, anew: Sequence[int] = (), team: Team = ALONE
+    ) -> None:
         self._batches = replace(batches, at_once=max(TOKENS_A_PASS, batches.at_once or 0))
+        self._team = team
         self._plan, self._amp, self._anew = plan, amp, frozenset(anew)
         self._starts: list[int] = []
         self._block = -1
@@ -39,8 +44,17 @@ class BaseStates:
         if block != self._block:
             end = self._starts[block + 1] if block + 1 < len(self._starts) else len(self._plan)
             self._states = {}
-            self._states = self._compute(model, {row for s in range(self._starts[block], end) for row in self._plan[s]})
+            self._states = self._compute(model, self._dealt(range(self._starts[block], end)))
             self._block = block
+
+    def _dealt(self, steps: range) -> list[set[int]]:
+        """The rows of these steps, of each rank."""
+        lengths, size = self._batches.lengths, self._team.size
+        dealt: list[set[int]] = [set() for _ in range(size)]
+        for step in steps:
+            for rows, of_step in zip(dealt, shares(self._plan[step], lengths, size), strict=True):
+                rows.update(of_step)
+        return dealt
 
     def forget(self) -> None:
         """The base has been exchanged, be it earlier than planned: what it said no longer holds."""
@@ -51,19 +65,23 @@ class BaseStates:
         if not rows:
             return None
         missing = set(rows) - self._states.keys()
-        if missing:  # outside of any block: the batch that is tried before the first step
-            return _in_order(self._compute(model, set(rows)), rows)
+        if missing:  # outside of any block: the batch that is tried before the first step, by every rank
+            return _in_order(self._compute(model, [set(rows)] * self._team.size), rows)
         return _in_order(self._states, rows)
 
-    def _compute(self, model: Any, rows: set[int]) -> dict[int, torch.Tensor]:
+    def _compute(self, model: Any, dealt: Sequence[set[int]]) -> dict[int, torch.Tensor]:
+        """Of this rank's rows among each rank's."""
         examples = self._batches.examples
-        held = sorted((row for row in rows if examples[row].replay), key=lambda row: (len(examples[row].tokens), row))
+        held = [
+            sorted((row for row in rows if examples[row].replay), key=lambda row: (len(examples[row].tokens), row))
+            for rows in dealt
+        ]
         found: dict[int, torch.Tensor] = {}
-        if not held:
-            return found
-        for part in self._batches(held):
+        for part in self._batches.base_parts(held, self._team):
             with torch.no_grad(), model.disable_adapter():
                 states = answer_states(model, part.to(model.device), self._amp)
+            if part.idle:
+                continue
             sizes = [self._batches.answer_tokens(row) for row in part.held_rows]
             found.update(zip(part.held_rows, states.split(sizes), strict=True))
         return found

@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 
 from loop.trainers.rows import Example, parts_of
+from loop.trainers.shares import most_parts, shares
+from loop.trainers.team import Team
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Part:
     positions: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     longest: int = 0
+    idle: bool = False  # counts for nothing: a rank passes through the model as often as the others
 
     def to(self, device: torch.device) -> Part:
         """Without waiting for what the device is at: from pinned memory."""
@@ -55,11 +58,33 @@ class Batches:
     even: bool = False
     at_once: int | None = None  # tokens, padding included; a longer row goes alone
 
-    def __call__(self, rows: Sequence[int]) -> list[Part]:
+    def __call__(self, rows: Sequence[int], of: Sequence[int] | None = None) -> list[Part]:
+        """`of`: the whole step's rows, where these are one rank's."""
         split = parts_of(rows, self.lengths, self.at_once, packed=self.packed)
-        held = sum(self.answer_tokens(row) for row in rows if self._is_held(row))
-        targets = sum(self.answer_tokens(row) for row in rows) - held
+        whole = rows if of is None else of
+        held = sum(self.answer_tokens(row) for row in whole if self._is_held(row))
+        targets = sum(self.answer_tokens(row) for row in whole) - held
         return [replace(self._part(part), total_targets=targets, total_held=held) for part in split]
+
+    def share(self, rows: Sequence[int], team: Team) -> list[Part]:
+        """This rank's parts of a step; idle ones beside them, where ranks hold the base together."""
+        dealt = shares(rows, self.lengths, team.size)
+        return self._in_step(self(dealt[team.rank], rows), dealt, team)
+
+    def base_parts(self, dealt: Sequence[Sequence[int]], team: Team) -> list[Part]:
+        """This rank's parts of rows that the base alone is asked for, each rank its own."""
+        return self._in_step(self(dealt[team.rank]), dealt, team)
+
+    def _in_step(self, parts: list[Part], dealt: Sequence[Sequence[int]], team: Team) -> list[Part]:
+        if not team.sharded:
+            return parts
+        most = most_parts(dealt, self.lengths, self.at_once, packed=self.packed)
+        return parts + (most - len(parts)) * [self._idle] if most > len(parts) else parts
+
+    @cached_property
+    def _idle(self) -> Part:
+        shortest = min(range(len(self.examples)), key=self.lengths.__getitem__)
+        return replace(replace(self, hold=False)._part([shortest]), idle=True)
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
-from loop.trainers.progress import Channel
+from loop.trainers.launcher import Launch, launch, listen_for_parking
+from loop.trainers.progress import Channel, RankChannel
 from loop.trainers.rows import tokenise
 from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, read_spec, run_digest, without_plan
+from loop.trainers.team import join, take_seat, team
 
 if TYPE_CHECKING:
     from loop.trainers.memory import RunMemory  # imports torch
@@ -73,11 +76,20 @@ class Backend:
 
 def main(backend: Backend) -> int:
     """The whole life of a trainer process; its exit status."""
-    return live("Train one adapter as a spec says.", lambda spec, _, channel: run(spec, backend, channel))
+    return live(
+        "Train one adapter as a spec says.",
+        lambda spec, _, channel: run(spec, backend, channel),
+        module=f"loop.trainers.{backend.name}",
+    )
 
 
-def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> int:
-    """The life of a process that works on a spec in the trainer's environment; `work` also gets the spec's folder."""
+def live(
+    description: str, work: Callable[[TrainSpec, Path, Channel], None], module: str = "", *, apart: bool = True
+) -> int:
+    """The life of a process that works on a spec in the trainer's environment; `work` also gets the spec's folder.
+
+    `module`: what to run as each rank, where the spec asks for several. `apart`: as in `take_seat`.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--parent", type=int, help="process id; the trainer ends when it does")
@@ -86,13 +98,28 @@ def live(description: str, work: Callable[[TrainSpec, Path, Channel], None]) -> 
         die_with(arguments.parent)
     signal.signal(signal.SIGTERM, _stop)
     os.environ.update(OFFLINE)
-    channel = Channel()
-    signal.signal(signal.SIGUSR1, lambda *_: channel.park())
+    seat = take_seat(apart=apart)
+    channel = Channel() if seat is None else RankChannel(seat)
+    listen_for_parking(channel)
+    if seat is not None:
+        _end_when_told(channel)
+    status = _worked(arguments.spec, work, channel, Launch(module, by_us=apart))
+    if seat is None:
+        return status
+    sys.stderr.flush()
+    os._exit(status)  # at once: what the ranks share would wait here for those that are to end because of us
+
+
+def _worked(path: Path, work: Callable[[TrainSpec, Path, Channel], None], channel: Channel, ranks: Launch) -> int:
+    """The exit status."""
     try:
-        work(read_spec(arguments.spec), arguments.spec.parent, channel)
+        spec = read_spec(path)
+        if ranks.module and spec.cards.launched and channel.seat is None:
+            return launch(ranks, spec, path, channel)
+        work(spec, path.parent, channel)
     except NightschoolError as error:
         channel.error(error)
-        return 128 + signal.SIGTERM if isinstance(error, Stopped) else 1
+        return 128 + signal.SIGTERM if error.code == Stopped.code else 1
     except Exception as error:  # noqa: BLE001 - the edge of the process: the parent gets a line, the log the traceback
         traceback.print_exc()
         channel.error(_explained(error))
@@ -105,6 +132,18 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(128 + signal.SIGKILL)
+
+
+def _end_when_told(channel: Channel) -> None:
+    """Of a rank, wherever it is: one that waits for ranks which have left would hear of nothing else."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end() -> None:
+        signal.sigwait({signal.SIGTERM})
+        channel.error(Stopped("the trainer was told to stop (SIGTERM)"))
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=end, name="end", daemon=True).start()
 
 
 def _stop(*_: object) -> None:
@@ -132,6 +171,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if digest is None:
         return
     backend.start()
+    join(channel.seat, sharded=spec.cards.sharded)
     import torch
     from transformers import set_seed
 
@@ -208,6 +248,9 @@ def _train_and_write(
     from loop.trainers.phases import train_phases
 
     trained = train_phases(spec, model, tokenizer, data, digest, channel, memory)
+    outcome = memory.outcome() if memory else None  # of all ranks
+    if not team().leads:
+        return
     full = extract(trained.model, spec.lora, spec.seed) if spec.finetuning_type == "full" else None
     weights = full.weights if full else None
     result = TrainResult(
@@ -233,7 +276,9 @@ def _train_and_write(
         device=trained.device,
         finetuning_type=spec.finetuning_type,
         extraction=full.outcome if full else None,
-        memory=memory.outcome() if memory else None,
+        gpus=team().size,
+        sharding=spec.cards.sharding if spec.cards.launched else "replicate",
+        memory=outcome,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
     for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):

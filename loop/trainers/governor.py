@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from loop.trainers.pace import Pace
 from loop.trainers.progress import Channel, Parked
 from loop.trainers.spec import TrainSpec
+from loop.trainers.team import team
 
 
 class Governor(TrainerCallback):
@@ -23,6 +24,7 @@ class Governor(TrainerCallback):
         self._rates: dict[int, float] = {}  # of this step and the one before, counted from 1
         self._limits, self._highest, self._channel = spec.limits, spec.schedule.learning_rate, channel
         self._saved = channel.elapsed_seconds()
+        self._parked = False
         if checkpoint is not None:
             pace.take_up(checkpoint)
 
@@ -47,16 +49,23 @@ class Governor(TrainerCallback):
         elapsed = self._channel.elapsed_seconds()
         self.pace.end_step(state.global_step, elapsed)
         minutes = self._limits.save_minutes
-        if minutes is not None and elapsed - self._saved >= 60 * minutes:
+        due = minutes is not None and elapsed - self._saved >= 60 * minutes
+        save = self._agree(due)
+        if save or self._parked:
             control.should_save = True
-        if self.pace.ended:
+        if self.pace.ended or self._parked:
             control.should_training_stop = True
-        if self._channel.parked:
-            control.should_save = control.should_training_stop = True
+
+    def _agree(self, due: bool) -> bool:
+        """Clocks differ, and a signal reaches one rank before the other: as the first rank has it, all do."""
+        pace = self.pace
+        pace.done, *told = team().agree((pace.done, pace.limited, pace.ended, self._channel.parked, due))
+        pace.limited, pace.ended, self._parked, due = (bool(one) for one in told)
+        return due
 
     def raise_if_parked(self, steps: int) -> None:
         """After the run, which made `steps`: unless it had come to its end all the same."""
-        if self._channel.parked and steps < self.pace.planned_steps and not self.pace.ended:
+        if self._parked and steps < self.pace.planned_steps and not self.pace.ended:
             raise Parked(f"the trainer was told to give the machine back, after step {steps}")
 
     def keep(self, checkpoint: Path) -> None:

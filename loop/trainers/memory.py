@@ -15,10 +15,11 @@ from loop.memory_estimate import CUDA_CONTEXT, Workload
 from loop.memory_plan import Plan
 from loop.memory_record import NEAR_MISS, Attempt, MemoryOutcome, MemoryRecord, gib, read_record, write_record
 from loop.model_shape import UnknownShape
-from loop.run_plan import RowSize, heaviest_batch, lowered, plans_of
+from loop.run_plan import RowSize, heaviest_batch, lowered, name_of, plans_of, rows_a_card
 from loop.trainers.progress import peak_resident_bytes, resident_bytes
 from loop.trainers.rows import Example
 from loop.trainers.spec import TrainSpec
+from loop.trainers.team import team
 
 SLACK = 1.02  # free memory flutters between the preflight and the start of the trainer
 
@@ -68,7 +69,8 @@ class RunMemory:
         self._record = self._record.model_copy(
             update={"plans": (less, *rest), "attempts": (*self._record.attempts, given_up)}
         )
-        write_record(self._spec.out_dir, self._record)
+        if team().leads:
+            write_record(self._spec.out_dir, self._record)
         return True
 
     def note(self, words: str) -> None:
@@ -85,7 +87,7 @@ class RunMemory:
         return MemoryOutcome(
             plan=self.plan,
             machine=record.machine,
-            measured_bytes=peak_bytes(),
+            measured_bytes=int(team().most(peak_bytes())),
             attempts=record.attempts,
             note=record.note,
         )
@@ -96,12 +98,18 @@ def settle(
 ) -> RunMemory | None:
     """The plan of an interrupted run again, else the preflight's, else one of our own. None: the base is of no known
     shape."""
-    machine = _machine(compute_dtype)
+    machine = _machine(compute_dtype, spec)
     sizes = [RowSize(len(row.tokens), len(row.tokens) - row.answer_start, row.replay) for row in examples]
-    batch = heaviest_batch(sizes, spec.schedule.batch_size)
+    batch = heaviest_batch(sizes, rows_a_card(spec))
+    record = _record(spec, backend, machine, batch, run_digest) if team().leads else None
+    told = team().words(record.model_dump_json() if record else "")
+    return RunMemory(spec, backend, machine, batch, MemoryRecord.model_validate_json(told)) if told else None
+
+
+def _record(spec: TrainSpec, backend: str, machine: Machine, batch: Workload, run_digest: str) -> MemoryRecord | None:
     kept = read_record(spec.out_dir, run_digest)
     if kept is not None and kept.machine == machine.name:
-        return RunMemory(spec, backend, machine, batch, kept)
+        return kept
     try:
         plans, note = _plans(spec, backend, machine, batch)
     except UnknownShape:
@@ -109,7 +117,7 @@ def settle(
     attempts = kept.attempts if kept else ()
     record = MemoryRecord(run_digest=run_digest, machine=machine.name, plans=plans, attempts=attempts, note=note)
     write_record(spec.out_dir, record)
-    return RunMemory(spec, backend, machine, batch, record)
+    return record
 
 
 def _plans(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -> tuple[tuple[Plan, ...], str]:
@@ -131,13 +139,17 @@ def _unfit(plan: Plan, machine: Machine, batch: Workload) -> str:
     return ""
 
 
-def _machine(compute_dtype: torch.dtype) -> Machine:
-    width = compute_dtype.itemsize
+def _machine(compute_dtype: torch.dtype, spec: TrainSpec) -> Machine:
+    """This rank's card; of what is free, what the fullest card has. Ranks on a CPU share the host's memory."""
+    together, width = team(), compute_dtype.itemsize
     if not torch.cuda.is_available():
         here = host()
-        return Machine("cpu", here.name, here.total, here.free + resident_bytes(), width)
+        share = (here.free + together.size * resident_bytes()) // together.size
+        name = name_of(here.name, spec.cards)
+        return Machine("cpu", name, here.total, int(together.least(share)), width)
     free, total = torch.cuda.mem_get_info()
-    return Machine("cuda", torch.cuda.get_device_name(), total, free + CUDA_CONTEXT, width)
+    free = int(together.least(free + CUDA_CONTEXT))
+    return Machine("cuda", name_of(torch.cuda.get_device_name(), spec.cards), total, free, width)
 
 
 def peak_bytes() -> int:

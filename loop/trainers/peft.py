@@ -12,6 +12,7 @@ from typing import Any
 from loop.run_plan import EAGER_UP_TO_TOKENS
 from loop.trainers.child import Backend, main
 from loop.trainers.spec import TrainSpec
+from loop.trainers.team import team
 
 
 def start() -> None:
@@ -26,6 +27,10 @@ def load(spec: TrainSpec, longest: int) -> Any:
     from loop.trainers.checkpointing import recompute
     from loop.trainers.planned_run import compute_dtype
 
+    if team().sharded:
+        from loop.trainers.sharded_base import load_sharded
+
+        return load_sharded(spec, longest, team().sharding())
     on_gpu = torch.cuda.is_available()
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -39,26 +44,34 @@ def load(spec: TrainSpec, longest: int) -> Any:
         dtype=compute_dtype(),
         quantization_config=quantised if spec.quantisation == "nf4" else None,
         device_map={"": "cuda" if on_gpu else "cpu"},
-        attn_implementation="eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa",
+        attn_implementation=attention(longest, on_gpu=on_gpu),
     )
     recompute(model, spec.memory.checkpointing)
     if spec.finetuning_type == "full":
         from loop.trainers.full_finetuning import with_changes
 
         return with_changes(model, spec.lora)
-    _keep_trainable(model)
-    adapter = LoraConfig(
-        r=spec.lora.rank,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
-        target_modules=list(spec.lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, adapter)
+    keep_trainable(model)
+    return get_peft_model(model, LoraConfig(**adapter_fields(spec)))
 
 
-def _keep_trainable(model: Any) -> None:
+def attention(longest: int, *, on_gpu: bool) -> str:
+    return "eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa"
+
+
+def adapter_fields(spec: TrainSpec) -> dict[str, Any]:
+    """Of peft's LoraConfig."""
+    return {
+        "r": spec.lora.rank,
+        "lora_alpha": spec.lora.alpha,
+        "lora_dropout": spec.lora.dropout,
+        "target_modules": list(spec.lora.target_modules),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def keep_trainable(model: Any) -> None:
     """On a CPU, bitsandbytes repacks a 4-bit layer that is called in eval mode; from then on, training included, it
     gives no gradient to what lies below, with no more than a warning."""
     from bitsandbytes.nn import Linear4bit

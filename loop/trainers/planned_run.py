@@ -23,6 +23,7 @@ from loop.trainers.pace import Pace
 from loop.trainers.progress import Channel, peak_resident_bytes, resident_bytes
 from loop.trainers.served_base import FinishOnServedBase
 from loop.trainers.spec import Progress, TrainSpec
+from loop.trainers.team import team
 
 LAST_STEPS = 10  # over which final figures are averaged
 
@@ -94,6 +95,9 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        team().wait()  # a backend may have each rank write its part
+        if not team().leads:
+            return
         self._governor.keep(checkpoint)
         mark_complete(checkpoint, self._run_digest)
 
@@ -131,6 +135,7 @@ def run_planned(
     set_seed(spec.seed)
     since = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    team().wait()  # for the first rank's last checkpoint
     steps = finish.total = trainer.state.global_step
     governor.raise_if_parked(steps)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
@@ -143,7 +148,7 @@ def run_planned(
         unquantised_steps=finish.steps,
         planned_steps=planned,
         time_limited=pace.cut_short(steps),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=int(team().most(peak_memory_bytes())),
         device=device_words(model),
     )
 

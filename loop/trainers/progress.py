@@ -7,10 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TextIO
 
 from labeling.errors import NightschoolError
 from loop.trainers.spec import Progress
+from loop.trainers.team import Seat
 
 
 class Parked(NightschoolError):
@@ -23,6 +26,8 @@ class Channel:
 
     `parked`: somebody wants the machine back; after the step that runs there is a checkpoint, and the end.
     """
+
+    seat: Seat | None = None  # of one rank of several
 
     def __init__(self) -> None:
         self._parked = False
@@ -51,9 +56,53 @@ class Channel:
     def elapsed_seconds(self) -> float:
         return time.monotonic() - self._started
 
+    def give_back(self) -> None:
+        """Stdout as it was, for processes that are started now."""
+        os.dup2(self._lines.fileno(), sys.stdout.fileno())
+
     def _write(self, line: str) -> None:
         self._lines.write(line + "\n")
         self._lines.flush()
+
+
+class RankChannel(Channel):
+    """Of one rank of several: the first one tells the steps, and what went wrong the launcher tells for all."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self.seat, self._started = seat, seat.started
+
+    def step(self, progress: Progress) -> None:
+        if self.seat is not None and self.seat.rank == 0:
+            super().step(progress)
+
+    def error(self, error: NightschoolError) -> None:
+        assert self.seat is not None
+        say(error, self.seat.errors, self.seat.rank)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a rank wrote before it ended; `at` by the clock that all processes share."""
+
+    at: float
+    code: str
+    message: str
+    hint: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> Said:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def say(error: NightschoolError, errors: Path, rank: int) -> None:
+    """The first word holds: what comes after it, such as being told to end, follows from it."""
+    if (errors / f"{rank}.json").exists():
+        return
+    told = Said(time.monotonic(), error.code, str(error), error.hint)
+    path = errors / f".{rank}.tmp"
+    path.write_text(json.dumps(asdict(told)), encoding="utf-8")
+    path.rename(errors / f"{rank}.json")
 
 
 class Relay(Channel):

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from loop.base_weights import INDEX
 from loop.machine_memory import meminfo
+from loop.trainers.team import team
 
 PREFIX = "base_model.model."  # peft's
 ROOM = 1.2  # beside the weights themselves
@@ -52,14 +53,15 @@ class FinishOnServedBase(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._swapped is None and (state.global_step >= self._first or self._due()):
             self._first = min(self._first, state.global_step)
-            self._swapped = _fits(self._model, self._room) and unquantise(self._model, self._base_dir, self._dtype) > 0
+            fits = bool(team().least(_fits(self._model, self._room)))  # on every card, or on none
+            self._swapped = fits and unquantise(self._model, self._base_dir, self._dtype) > 0
             if self._swapped:
                 self._on_exchange()
 
 
 def unquantise(model: Any, base_dir: Path, dtype: torch.dtype) -> int:
     """Replaces every 4-bit layer below an adapter by the base's own weights; how many. The adapter stays as it is."""
-    weights = _Weights(base_dir)
+    weights = Weights(base_dir)
     replaced = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, Linear4bit):
@@ -71,7 +73,7 @@ def unquantise(model: Any, base_dir: Path, dtype: torch.dtype) -> int:
     return replaced
 
 
-def _plain(layer: Linear4bit, path: str, weights: _Weights, dtype: torch.dtype) -> nn.Linear:
+def _plain(layer: Linear4bit, path: str, weights: Weights, dtype: torch.dtype) -> nn.Linear:
     device = layer.weight.device
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=dtype)
     plain.weight = nn.Parameter(weights[f"{path}.weight"].to(device, dtype), requires_grad=False)
@@ -80,13 +82,19 @@ def _plain(layer: Linear4bit, path: str, weights: _Weights, dtype: torch.dtype) 
     return plain
 
 
-class _Weights:
+class Weights:
     """Tensors of a folder of safetensors, one file or sharded, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX
         self._folder = folder
         self._files = json.loads(index.read_bytes())["weight_map"] if index.exists() else {}
+
+    def __contains__(self, name: str) -> bool:
+        if self._files:
+            return name in self._files
+        with safe_open(self._folder / "model.safetensors", "pt") as file:
+            return name in file.keys()  # noqa: SIM118 - it is no mapping
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._folder / self._files.get(name, "model.safetensors"), "pt") as file:

@@ -29,6 +29,7 @@ from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_pla
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, heaviest, plan_examples
 from loop.trainers.spec import ScheduleSpec, TrainSpec
+from loop.trainers.team import team
 
 
 class OutOfMemory(NightschoolError):
@@ -43,6 +44,7 @@ class RetentionTrainer(SFTTrainer):
         self, *, spec: TrainSpec, plan: list[list[int]], batches: Batches, base: BaseStates, amp: Amp, **rest: Any
     ) -> None:
         self._spec, self._plan, self._batches, self._base, self._amp = spec, plan, batches, base, amp
+        self._team = team()
         super().__init__(**rest)
         self._late = late_log_for(self.model.device)
         single_precision(self.model)  # trl casts the adapter of a quantised model to bfloat16
@@ -51,11 +53,13 @@ class RetentionTrainer(SFTTrainer):
         return DataLoader(range(len(self._batches.examples)), batch_sampler=self._plan, collate_fn=self._collate)
 
     def _collate(self, rows: list[int]) -> dict[str, list[Part]]:
-        return {"parts": self._batches(rows)}
+        return {"parts": self._batches.share(rows, self._team)}
 
     def training_step(self, model: Any, inputs: dict[str, list[Part]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a step's parts; the loss stays on the device, where nobody waits for it."""
         self._base.for_step(model, self.state.global_step)
+        if self._team.size > 1 and self._spec.lora.dropout:  # of its own, and the same after a resume
+            torch.manual_seed(hash((self._spec.seed, self.state.global_step, self._team.rank)) % 2**31)
         loss = self._train_on(model, inputs["parts"])
         self._tell_late()  # of the step before: the device is busy with this one
         return loss
@@ -68,13 +72,19 @@ class RetentionTrainer(SFTTrainer):
             loss = self.compute_loss(model, part.to(model.device))
             self.accelerator.backward(loss)
             total += loss.detach()
-        return total
+        return self._team.sum_gradients([weight for weight in model.parameters() if weight.requires_grad], total)
 
     def compute_loss(
         self, model: Any, inputs: Part, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         base = self._base.of(model, inputs.held_rows)
-        return retention_loss(model, inputs, self._amp, base, self._spec.schedule.kl_weight)
+        loss = retention_loss(model, inputs, self._amp, base, self._spec.schedule.kl_weight)
+        return 0 * loss if inputs.idle else loss
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Adapter and optimizer are the same on every rank."""
+        if self._team.leads:
+            super()._save_checkpoint(*arguments, **named)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *others: Any, learning_rate: float | None = None, **named: Any
@@ -95,7 +105,10 @@ class RetentionTrainer(SFTTrainer):
             self.log(logs)
 
     def try_heaviest(self) -> None:
-        """The batch that needs most memory goes first, without a step: out of memory shows in the first minute."""
+        """The batch that needs most memory goes first, without a step: out of memory shows in the first minute.
+
+        Of several ranks each tries it: any may come to train it.
+        """
         made = self._batches
         self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
@@ -118,6 +131,7 @@ class RetentionTrainer(SFTTrainer):
             if memory is None:
                 return
             measured = peak_bytes() + optimizer_bytes([w for w in self.model.parameters() if w.requires_grad])
+            measured = int(self._team.most(measured))
             if not memory.near_miss(measured) or not memory.lower(measured):
                 return
             self._batches = replace(self._batches, at_once=memory.plan.micro_tokens)
@@ -144,7 +158,7 @@ def train(
         even=layout.even,
         at_once=spec.lengths.at_once,
     )
-    base = BaseStates(batches, plan, amp, anew=[finish_at(spec, len(plan))])
+    base = BaseStates(batches, plan, amp, anew=[finish_at(spec, len(plan))], team=team())
     trainer = _trainer(spec, model, tokenizer, plan, batches=batches, base=base, amp=amp)
     channel.mark("ready")
     trainer.find_room(memory)

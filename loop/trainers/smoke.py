@@ -6,6 +6,7 @@ card that another process fills, shows here and not in hour two.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -26,6 +27,11 @@ AT_MOST_OFF = 0.05  # bfloat16 rounds at 0.004; a kernel that computes something
 
 class CardTaken(NightschoolError):
     code = "card_taken"
+
+
+class NoDeepSpeed(NightschoolError):
+    code = "no_deepspeed"
+    default_hint = 'Install deepspeed there, or set trainer.sharding = "fsdp", which shares out the same.'
 
 
 class KernelFailed(NightschoolError):
@@ -50,6 +56,8 @@ def smoke(spec: TrainSpec, folder: Path, channel: Channel) -> None:
     import loop.trainers.sft_loop  # noqa: F401  # whatever of trl and its kind is missing or broken shows here
 
     facts = gather(torch)
+    if spec.cards.sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise NoDeepSpeed('the trainer\'s environment lacks deepspeed, which trainer.sharding = "zero3" needs')
     needs_4bit = spec.quantisation == "nf4"
     diagnose(facts, card_there=card_there(visible), needs_gpu=spec.needs_gpu, needs_4bit=needs_4bit)
     since = time.monotonic()

@@ -20,7 +20,12 @@ from loop.settings import LINEAR_LAYERS, TrainerSettings
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROWS_FILE = "train.jsonl"
 PAIRS_FILE, THUMBS_FILE = "pairs.jsonl", "thumbs.jsonl"
-NOT_DECISIVE = ("out_dir", "data_dir", "base_dir", "chat_template", "threads", "needs_gpu", "memory", "limits")
+Sharding = Literal["auto", "replicate", "fsdp", "zero3"]
+# `cards`: the steps are the same on any number of them, but for the order of sums, and checkpoints hold no part of one.
+NOT_DECISIVE = (
+    *("out_dir", "data_dir", "base_dir", "chat_template", "threads", "needs_gpu", "memory", "limits"),
+    "cards",
+)
 
 
 class BadSpec(InvalidInput):
@@ -102,6 +107,22 @@ class LimitsSpec(Strict):
     memory_share: float | None = Field(None, gt=0, le=1)
 
 
+class CardsSpec(Strict):
+    """How many cards of this machine train together, and what each holds of the base: all of it, or its share."""
+
+    gpus: int = Field(1, ge=1, le=64)
+    sharding: Sharding = "auto"
+
+    @property
+    def sharded(self) -> bool:
+        return self.sharding in ("fsdp", "zero3")
+
+    @property
+    def launched(self) -> bool:
+        """By accelerate's launcher, a process a card. One card with the base whole on it is the trainer alone."""
+        return self.gpus > 1 or self.sharded
+
+
 class TrainSpec(Strict):
     """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
 
@@ -122,6 +143,7 @@ class TrainSpec(Strict):
     lengths: LengthsSpec = LengthsSpec()
     memory: MemorySpec = MemorySpec()
     limits: LimitsSpec = LimitsSpec()
+    cards: CardsSpec = CardsSpec()
     seed: int = Field(0, ge=0, lt=2**31)
     threads: int | None = Field(None, ge=1, le=1024)
     needs_gpu: bool = Field(False, description="The backend trains on nothing else")
@@ -131,6 +153,12 @@ class TrainSpec(Strict):
     def _full_in_full(self) -> Self:
         if self.finetuning_type == "full" and self.quantisation != "none":
             raise ValueError('finetuning_type "full" trains the weights themselves: quantisation must be "none"')
+        return self
+
+    @model_validator(mode="after")
+    def _finishes_on_what_is_there(self) -> Self:
+        if self.cards.sharded and self.schedule.finish_share:
+            raise ValueError("finish_share must be 0 where the base is shared out among the cards")
         return self
 
 
@@ -212,6 +240,8 @@ class TrainResult(Strict):
     device: str
     finetuning_type: str = "lora"
     extraction: Extraction | None = None  # of a full fine-tune
+    gpus: int = 1  # ranks that trained together
+    sharding: Sharding = "replicate"
     memory: MemoryOutcome | None = None  # None where the base's shape is not known
 
 
@@ -230,8 +260,10 @@ def render(
 ) -> TrainSpec:
     """The project's recipe as a spec. `method`: what the night's data have settled."""
     flat = settings.model_dump()
-    if settings.backend != "peft":
-        flat["finish_share"] = 0.0  # Unsloth's layers are its own: none can be exchanged while it trains
+    cards = cards_of(settings, method)
+    if settings.backend != "peft" or cards.sharded:
+        # Unsloth's layers are its own, and those that are shared out no card has whole: none can be exchanged.
+        flat["finish_share"] = 0.0
 
     flat["learning_rate"], preference_rate = settings.rates
 
@@ -260,11 +292,33 @@ def render(
             micro_tokens=settings.micro_tokens,
         ),
         limits=LimitsSpec(save_minutes=settings.save_minutes, memory_share=settings.truce.memory_share),
+        cards=cards,
         seed=settings.seed,
         threads=settings.threads,
         needs_gpu=settings.backend == "unsloth",
         out_dir=out_dir,
     )
+
+
+def cards_of(settings: TrainerSettings, method: Method) -> CardsSpec:
+    """Preferences are trained on one card; `loop.backends` tells."""
+    if method != "sft" and settings.backend != "axolotl":
+        return CardsSpec()
+    return CardsSpec(gpus=settings.gpus, sharding=settings.sharding)
+
+
+def without_sharding_left_open(spec: TrainSpec) -> TrainSpec:
+    """Where nothing tells what fits: the base whole on each card, as on one."""
+    return with_sharding(spec, "replicate") if spec.cards.sharding == "auto" and spec.cards.gpus > 1 else spec
+
+
+def with_sharding(spec: TrainSpec, sharding: Sharding) -> TrainSpec:
+    """A base that is shared out has no finish on the served one."""
+    cards = spec.cards.model_copy(update={"sharding": sharding})
+    changed: dict[str, Any] = {"cards": cards}
+    if cards.sharded:
+        changed["schedule"] = spec.schedule.model_copy(update={"finish_share": 0.0})
+    return spec.model_copy(update=changed)
 
 
 def without_plan(spec: TrainSpec) -> TrainSpec:

@@ -76,7 +76,7 @@ class Supervisor:
         self._meter = Meter(self.usage)
         self._started = time.monotonic()
         self._seconds_allowed = trainer.hours_allowed * 3600
-        self.usage.kind = self.sensors.kind
+        self.usage.kind, self.usage.cards = self.sensors.kind, self.spec.cards.gpus
 
     async def train(self) -> None:
         """Until the trainer has written its result. Raises StoppedByAlarm, TookTooLong, or what the trainer said."""

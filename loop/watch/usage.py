@@ -22,6 +22,7 @@ class Usage(BaseModel):
 
     device: str = ""
     kind: str = "none"
+    cards: int = 1  # that train; the first one is measured
     seconds: float = 0.0
     paused_s: float = 0.0
     measured_s: float = 0.0
@@ -42,13 +43,13 @@ class Usage(BaseModel):
             self.notes.append(text)
 
     def told(self) -> dict[str, Any]:
-        """For reports. `energy_wh` is None unless nearly all of the time was measured."""
-        known = self.seconds > 0 and self.measured_s >= ENOUGH_MEASURED * self.seconds
+        """For reports. `energy_wh` is None unless nearly all of the time was measured, on one card."""
+        known = self.cards == 1 and self.seconds > 0 and self.measured_s >= ENOUGH_MEASURED * self.seconds
         return {
             "device": self.device,
             "seconds": round(self.seconds, 1),
             "paused_seconds": round(self.paused_s, 1),
-            "gpu_minutes": round(self.seconds / 60, 2) if self.kind == "gpu" else None,
+            "gpu_minutes": round(self.cards * self.seconds / 60, 2) if self.kind == "gpu" else None,
             "energy_wh": round(self.energy_j / 3600, 3) if known else None,
             "highest_temperature_c": self.highest_temperature_c,
             "highest_power_w": self.highest_power_w,

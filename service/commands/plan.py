@@ -29,7 +29,7 @@ USUAL: tuple[tuple[str, Method, int], ...] = (
     ("7B", "full", 1),
     ("7B", "full", 4),
 )
-ONE_CARD = "The trainers of this release use one card; a line for several says what each of them would have to hold."
+SEVERAL = 'Of several cards each trains its share of the rows; "shared": and holds its share of the base only.'
 FULL = "full: the weights of all linear layers are trained, and an adapter is extracted from what changed."
 
 WIDTH = 100
@@ -111,7 +111,7 @@ def _show(answers: list[Answer], gpu: str) -> None:
         console.print(_items(answers))
     console.print("Tokens a second are of one H100, calibrated on an 8B model; elsewhere only their order counts.")
     if any(found.question.gpus > 1 for found in answers):
-        console.print(ONE_CARD)
+        console.print(SEVERAL)
     if any(found.question.method == "full" for found in answers):
         console.print(FULL)
 
@@ -125,7 +125,7 @@ def _table(answers: list[Answer], gpu: str) -> Table:
         table.add_row(
             asked.shape.name,
             asked.method,
-            str(asked.gpus),
+            f"{asked.gpus} shared" if asked.setup.sharded else str(asked.gpus),
             plan.checkpointing,
             f"{at_once}, {plan.micro_batches} times" if plan.micro_batches > 1 else at_once,
             gib(plan.estimated_bytes),
@@ -149,6 +149,7 @@ def _as_json(found: Answer) -> dict[str, Any]:
         "model": asked.shape.name,
         "method": asked.method,
         "gpus": asked.gpus,
+        "sharded": asked.setup.sharded,
         "length": asked.length,
         "batch": asked.batch,
         "fits": not found.short,

@@ -71,11 +71,25 @@ def test_preferences_have_their_own_rate_and_half_the_batch(tmp_path: Path) -> N
     assert (kto["kto_desirable_weight"], kto["kto_undesirable_weight"]) == (1.0, 4.0)
 
 
+def test_each_card_takes_its_share_of_the_rows(tmp_path: Path) -> None:
+    """As many as on one card in all; FSDP by axolotl's own names, ZeRO-3 by DeepSpeed's file."""
+    two = render(_spec(tmp_path, gpus=2), tmp_path, steps=1, on_gpu=True)
+    assert two["micro_batch_size"] * 2 == render(_spec(tmp_path), tmp_path, steps=1, on_gpu=True)["micro_batch_size"]
+    assert not {"fsdp_config", "deepspeed"} & two.keys()
+    shared = render(_spec(tmp_path, gpus=4, sharding="fsdp"), tmp_path, steps=1, on_gpu=True)
+    assert (shared["fsdp_version"], shared["fsdp_config"]["reshard_after_forward"]) == (2, True)
+    assert shared["micro_batch_size"] == 2
+    zero = render(_spec(tmp_path, gpus=2, sharding="zero3"), tmp_path, steps=1, on_gpu=True)
+    assert zero["deepspeed"] == str(tmp_path / "zero3.json")
+    assert "fsdp_config" not in zero
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="NOT TESTED WITH AXOLOTL: `make axolotl` has not been run")
 def test_axolotls_own_schema_takes_every_configuration(tmp_path: Path) -> None:
     """And knows every key that we write: a mistyped one would be left unread."""
     specs = [_spec(tmp_path, method, scheduler=s) for method in ("sft", "dpo", "kto") for s in ("one_cycle", "cosine")]
+    specs += [_spec(tmp_path, gpus=2, sharding=sharding) for sharding in ("replicate", "fsdp", "zero3")]
     configs = [render(spec, tmp_path, steps=3, on_gpu=False) for spec in specs]
     asked = subprocess.run(
         [str(PYTHON), "-c", VALIDATE], input=json.dumps(configs), capture_output=True, text=True, check=False

@@ -307,9 +307,9 @@ def test_the_bases_side_is_computed_once_for_many_steps(monkeypatch: pytest.Monk
     base = BaseStates(Batches(examples, pad_id=0, hold=True), plan, AMP, anew=[3])
     compute = base._compute
 
-    def noted(model: Any, rows: set[int]) -> dict[int, torch.Tensor]:
-        passes.append(set(rows))
-        return compute(model, rows)
+    def noted(model: Any, dealt: list[set[int]]) -> dict[int, torch.Tensor]:
+        passes.extend(dealt)
+        return compute(model, dealt)
 
     monkeypatch.setattr(base, "_compute", noted)
     for step, rows in enumerate(plan):

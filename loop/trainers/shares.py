@@ -1,0 +1,30 @@
+"""A step's rows dealt out to the ranks that train it together. No torch: every rank works out all of it by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loop.trainers.rows import parts_of
+
+
+def shares(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Each rank's rows, in the step's order; their tokens as even as dealing the longest first makes them.
+
+    A step of fewer rows than ranks leaves some with none.
+    """
+    if ranks == 1:
+        return [list(rows)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for place in sorted(range(len(rows)), key=lambda place: (-lengths[rows[place]], place)):
+        rank = min(range(ranks), key=lambda rank: (tokens[rank], rank))
+        dealt[rank].append(place)
+        tokens[rank] += lengths[rows[place]]
+    return [[rows[place] for place in sorted(places)] for places in dealt]
+
+
+def most_parts(
+    dealt: Sequence[Sequence[int]], lengths: Sequence[int], at_once: int | None, *, packed: bool = False
+) -> int:
+    """Of the rank that has most: where ranks hold the base together, all must pass through it as often."""
+    return max(len(parts_of(rows, lengths, at_once, packed=packed)) for rows in dealt)
