@@ -139,7 +139,7 @@ class Up:
         body = {"project": self.project, "date": date, "recipe": recipe}
         return str((await self.call("POST", "/v1/nights", body))["id"])
 
-    async def wait_for(self, night_id: str, *states: str, seconds: float = 600) -> dict[str, Any]:
+    async def wait_for(self, night_id: str, *states: str, seconds: float = 1800) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while (night := await self.night(night_id))["state"] not in states:
             ended = {"FAILED", "SKIPPED", "REJECTED", "INCONCLUSIVE"} - set(states)
