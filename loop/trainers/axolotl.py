@@ -191,12 +191,14 @@ def _write_result(
     spec: TrainSpec, trainer: Any, digest: str, data: Data, seconds: float, pace: Pace, saved: Path | None
 ) -> None:
     import torch
+    from safetensors.torch import load_file
 
     from loop.trainers.adapter import write_adapter
     from loop.trainers.planned_run import LAST_STEPS, peak_memory_bytes
 
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
     steps = trainer.state.global_step
+    weights = load_file(saved) if saved else None
     result = TrainResult(
         run_digest=digest,
         steps=steps,
@@ -209,9 +211,7 @@ def _write_result(
         time_limited=pace.cut_short(steps),
         rate_scale=spec.limits.rate_scale,
         peak_memory_bytes=peak_memory_bytes(),
-        adapter_files=write_adapter(
-            trainer.model, spec.out_dir / "adapter", spec.base_name, load_file(saved) if saved else None
-        ),
+        adapter_files=write_adapter(trainer.model, spec.out_dir / "adapter", spec.base_name, weights),
         gpus=team().size,
         sharding=spec.cards.sharding if spec.cards.launched else "replicate",
         packages=versions(),

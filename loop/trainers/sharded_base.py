@@ -29,9 +29,9 @@ from loop.trainers.spec import TrainSpec
 from loop.trainers.team import team
 
 NF4 = {"compress_statistics": True, "quant_type": "nf4"}
-# Only floating numbers can be shared out, and 4-bit weights are none, but their bits can be called so. Not bfloat16, as is
-# usual: on CUDA, FSDP gathers with a kernel that copies by way of float32, and whatever is no number in bfloat16, one pair
-# of bytes in 128, comes back as the same one. Copied as float32 they stay what they are.
+# Only floating numbers can be shared out, and 4-bit weights are none, but their bits can be called so. Not bfloat16, as
+# is usual: on CUDA a gathered base then differed from the one put in. It is thought that FSDP's copy goes by way of
+# float32, where whatever is no number in bfloat16, one pair of bytes in 128, comes back as the same one.
 STORED_AS = torch.float32
 
 
