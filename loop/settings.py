@@ -30,6 +30,9 @@ class ReplicaSettings(Strict):
     adapter_dir: str = Field("", description="Our adapters folder as that vLLM sees it; empty = the same path as here")
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+
+
 class EngineSettings(Strict):
     """[vllm]: the engine that serves one base model."""
 

@@ -34,10 +34,9 @@ from loop.engine_check import base_stays_base, canary  # noqa: E402
 from loop.examination_engine import own_engine  # noqa: E402
 from loop.executors import LocalExecutor  # noqa: E402
 from loop.machine_memory import this_machine  # noqa: E402
-from loop.preflight.serving import VLLM_RANKS  # noqa: E402
 from loop.run_plan import planned  # noqa: E402
 from loop.scoring import ExamItem, question_item, score  # noqa: E402
-from loop.settings import EngineSettings, ProjectSettings, TrainerSettings  # noqa: E402
+from loop.settings import VLLM_RANKS, EngineSettings, ProjectSettings, TrainerSettings  # noqa: E402
 from loop.trainers.prepare_model import prepare  # noqa: E402
 from loop.trainers.rows import rows_drawn  # noqa: E402
 from loop.trainers.spec import TrainResult, read_result, read_rows, render, write_spec  # noqa: E402

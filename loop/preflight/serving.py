@@ -11,10 +11,10 @@ from loop.plain_lora import BLOCK_OF, expected_shapes
 from loop.preflight.child_results import Audit, audit_path
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look
+from loop.settings import VLLM_RANKS
 from loop.vllm import Replica, RequestRefused
 
 OLDEST_VLLM = (0, 26)  # with which the product was tried
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 TOKENS_SHOWN = 6
 
 
