@@ -42,7 +42,9 @@ class TooFewCards(InvalidInput):
 
 
 class RankFailed(NightschoolError):
-    """What a rank said of its end."""
+    """What a rank said of its end, in its own code."""
+
+    code = "rank_failed"
 
     def __init__(self, code: str, message: str, hint: str | None) -> None:
         super().__init__(message, hint=hint)

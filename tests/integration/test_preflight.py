@@ -316,7 +316,7 @@ async def test_a_full_fine_tune_that_does_not_fit_is_refused_with_what_would(
     monkeypatch.setattr(preflight, "CHECKS", ())
     full = {"finetuning_type": "full", "quantisation": "none"}
     for free, fits in ((GIB, True), (GIB // 2, False)):
-        monkeypatch.setattr(preflight, "this_machine", lambda free=free: Machine("cpu", "here", GIB, free, 4))
+        monkeypatch.setattr(preflight, "this_machine", lambda cards, free=free: Machine("cpu", "here", GIB, free, 4))
         trainer = installed.project.trainer.model_copy(update=full)
         installed.project = installed.project.model_copy(update={"trainer": trainer})
         if fits:
