@@ -180,9 +180,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
         _signal_tree(child.pid, signal.SIGCONT)  # a paused one would not hear it
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(child.wait(), SECONDS_TO_END)
-    if child.returncode is None:
-        _signal_tree(child.pid, signal.SIGKILL)
-    _signal(child.pid, signal.SIGKILL)
+    (_signal_tree if child.returncode is None else _signal)(child.pid, signal.SIGKILL)
     await child.wait()
 
 

@@ -213,7 +213,7 @@ def _write_result(
         peak_memory_bytes=peak_memory_bytes(),
         adapter_files=write_adapter(trainer.model, spec.out_dir / "adapter", spec.base_name, weights),
         gpus=team().size,
-        sharding=spec.cards.sharding if spec.cards.launched else "replicate",
+        sharding=spec.cards.held,
         packages=versions(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )

@@ -277,7 +277,7 @@ def _train_and_write(
         finetuning_type=spec.finetuning_type,
         extraction=full.outcome if full else None,
         gpus=team().size,
-        sharding=spec.cards.sharding if spec.cards.launched else "replicate",
+        sharding=spec.cards.held,
         memory=outcome,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from labeling.errors import InvalidInput
+from loop.trainers.peft import adapter_fields
 from loop.trainers.spec import LoraSpec
 
 ADAPTER = "default"  # peft's name for the first one
@@ -85,13 +86,7 @@ class _Product(torch.autograd.Function):
 
 def with_changes(model: Any, lora: LoraSpec) -> Any:
     """`model`, unquantised, in peft's wrapper; its configuration is that of the adapter to be extracted. NotPlain."""
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    config = LoraConfig(**adapter_fields(lora) | {"lora_dropout": 0.0})
     config._register_custom_module({nn.Linear: ChangedLinear})
     wrapped = get_peft_model(model, config)
     changes = {id(layer.change) for _, layer in changed_layers(wrapped)}

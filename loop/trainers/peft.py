@@ -11,7 +11,7 @@ from typing import Any
 
 from loop.run_plan import EAGER_UP_TO_TOKENS
 from loop.trainers.child import Backend, main
-from loop.trainers.spec import TrainSpec
+from loop.trainers.spec import LoraSpec, TrainSpec
 from loop.trainers.team import team
 
 
@@ -52,20 +52,20 @@ def load(spec: TrainSpec, longest: int) -> Any:
 
         return with_changes(model, spec.lora)
     keep_trainable(model)
-    return get_peft_model(model, LoraConfig(**adapter_fields(spec)))
+    return get_peft_model(model, LoraConfig(**adapter_fields(spec.lora)))
 
 
 def attention(longest: int, *, on_gpu: bool) -> str:
     return "eager" if longest <= EAGER_UP_TO_TOKENS and not on_gpu else "sdpa"
 
 
-def adapter_fields(spec: TrainSpec) -> dict[str, Any]:
+def adapter_fields(lora: LoraSpec) -> dict[str, Any]:
     """Of peft's LoraConfig."""
     return {
-        "r": spec.lora.rank,
-        "lora_alpha": spec.lora.alpha,
-        "lora_dropout": spec.lora.dropout,
-        "target_modules": list(spec.lora.target_modules),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }

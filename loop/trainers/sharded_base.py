@@ -52,7 +52,7 @@ def load_sharded(spec: TrainSpec, longest: int, plugin: FullyShardedDataParallel
     _with_stand_ins(model)
     recompute(model, spec.memory.checkpointing)
     keep_trainable(model)
-    adapted = get_peft_model(model, LoraConfig(**adapter_fields(spec)))
+    adapted = get_peft_model(model, LoraConfig(**adapter_fields(spec.lora)))
     _fill_and_share_out(adapted, layers, spec, device, plugin)
     return adapted
 

@@ -122,6 +122,11 @@ class CardsSpec(Strict):
         """By accelerate's launcher, a process a card. One card with the base whole on it is the trainer alone."""
         return self.gpus > 1 or self.sharded
 
+    @property
+    def held(self) -> Sharding:
+        """How the base lies on the cards, once a plan is followed."""
+        return self.sharding if self.launched else "replicate"
+
 
 class TrainSpec(Strict):
     """One training run. `base_name` is the served base's name: the adapter is written for it, not for `base_dir`."""
