@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from loop.executors import ChildControl, ChildCrashed, ChildFailed, LocalExecuto
 from loop.process_tree import descendants
 from loop.trainers.spec import TrainSpec, read_result
 from tests.conftest import ROOT
-from tests.integration.test_trainer import LUMORA, _gone, _prepare, rows_of, tiny_dir
+from tests.integration.test_trainer import LUMORA, _gone, _prepare, parent_of_a_training, rows_of, tiny_dir
 
 __all__ = ["tiny_dir"]  # a fixture
 pytestmark = pytest.mark.slow
@@ -138,14 +136,7 @@ async def test_a_run_goes_on_with_another_number_of_ranks(tiny_dir: Path, tmp_pa
 async def test_ranks_die_with_their_killed_parent(tiny_dir: Path, tmp_path: Path) -> None:
     """Of the launcher: SIGKILL gives it no chance to end them."""
     prepare(tmp_path, tiny_dir, 2, schedule=LONG)
-    script = (
-        "import asyncio, pathlib, sys; from loop.executors import LocalExecutor; folder = pathlib.Path(sys.argv[1]);"
-        "asyncio.run(LocalExecutor().run('loop.trainers.peft', folder / 'spec.json', log_path=folder / 'log',"
-        "on_progress=lambda line: print(line['step'], flush=True), environment={}))"
-    )
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"1\n"
+    with parent_of_a_training(tmp_path) as parent:
         below = ranks_below(parent.pid)
         parent.kill()
     assert len(below) == 3

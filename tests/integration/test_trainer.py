@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,17 +236,24 @@ async def test_where_the_served_base_does_not_fit_nothing_is_exchanged(
     assert finish.steps == 0
 
 
-async def test_a_trainer_dies_with_its_killed_parent(tiny_dir: Path, tmp_path: Path) -> None:
-    """SIGKILL gives the parent no chance to end its child: the kernel does."""
-    _prepare(tmp_path, tiny_dir, schedule={"max_steps": 100_000, "epochs": 1000, "batch_size": 1})
+@contextlib.contextmanager
+def parent_of_a_training(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs the folder's spec as a night does, after its first step."""
     script = (
         "import asyncio, pathlib, sys; from loop.executors import LocalExecutor; folder = pathlib.Path(sys.argv[1]);"
         "asyncio.run(LocalExecutor().run('loop.trainers.peft', folder / 'spec.json', log_path=folder / 'log',"
         "on_progress=lambda line: print(line['step'], flush=True), environment={}))"
     )
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"1\n"
+        yield parent
+
+
+async def test_a_trainer_dies_with_its_killed_parent(tiny_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL gives the parent no chance to end its child: the kernel does."""
+    _prepare(tmp_path, tiny_dir, schedule={"max_steps": 100_000, "epochs": 1000, "batch_size": 1})
+    with parent_of_a_training(tmp_path) as parent:
         (child,) = trainers_of(parent.pid)
         parent.kill()
     assert await _gone(child)
