@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loop.methods import Method
 from loop.settings import TrainerSettings
+from loop.trainers.preference_rows import units_a_step
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def _beyond_its_cards(recipe: TrainerSettings, method: Method) -> Iterator[tuple
             f"method {method!r} is trained on one card with the whole base on it",
             'Set trainer.sharding = "auto", or trainer.method = "sft".',
         )
-    rows = recipe.batch_size if method == "sft" else recipe.batch_size // 2  # a pair, or a thumb, is two
-    if recipe.backend == "axolotl" and recipe.gpus > 1 and (rows % recipe.gpus or not rows):
+    rows = units_a_step(method, recipe.batch_size)
+    if recipe.backend == "axolotl" and recipe.gpus > 1 and rows % recipe.gpus:
         yield (
             f"axolotl gives every card as many rows, and a step of {rows} is not so divided by {recipe.gpus}",
             f"Set trainer.batch_size to a multiple of {recipe.gpus if method == 'sft' else 2 * recipe.gpus}.",

@@ -43,6 +43,13 @@ class Workload:
     scored: int
     replay_scored: int = 0  # of these, held to the base by KL: their log-probabilities under the base are kept
     usual: float = 1.0
+    together: int = 1  # rows that can't be parted: 2 of a pair
+    ahead: int = 32  # steps at most whose base states are prepared beforehand; 1: those of a part, as it comes
+
+    @property
+    def least(self) -> int:
+        """Tokens that go through the model at once at the least."""
+        return min(self.together * self.length, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ def _logits(setup: Setup, work: Workload) -> int:
 
 
 def _held_states(setup: Setup, work: Workload) -> int:
-    return min(HELD_STATES, 32 * 2 * setup.shape.hidden * work.replay_scored)  # of 32 steps at most
+    return min(HELD_STATES, work.ahead * 2 * setup.shape.hidden * work.replay_scored)
 
 
 def _layer_workspace(setup: Setup, work: Workload) -> int:

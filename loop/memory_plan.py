@@ -69,14 +69,17 @@ def itemised(setup: Setup, batch: Workload, plan: Plan) -> Estimate:
 def plans_by_speed(
     setup: Setup, batch: Workload, budget: int, modes: Sequence[Checkpointing] = MODES, most: int | None = None
 ) -> list[Plan]:
-    """Every mode with the whole batch, a half, a quarter … and one row; the fastest first. `most`: tokens at once."""
+    """Every mode with the whole batch, a half, a quarter … and one row or pair; the fastest first.
+
+    `most`: tokens at once.
+    """
     if setup.device == "cpu":
         modes = [mode for mode in modes if mode != "offload"] or ["on"]  # the memory that it would offload to
-    sizes, size = [], min(batch.tokens, max(most or batch.tokens, batch.length))
-    while size > batch.length:
+    sizes, size = [], min(batch.tokens, max(most or batch.tokens, batch.least))
+    while size > batch.least:
         sizes.append(size)
         size //= 2
-    sizes.append(min(batch.length, batch.tokens))
+    sizes.append(batch.least)
     found = [plan_for(setup, batch, mode, size, budget) for mode in modes for size in sizes]
     return sorted(found, key=lambda plan: (-plan.tokens_per_s, plan.micro_batches, plan.estimated_bytes))
 

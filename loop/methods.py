@@ -15,6 +15,12 @@ PATTERN = f"^(auto|{'|'.join(METHODS).replace('+', '[+]')})$"
 NEEDS_LABELS, NEEDS_PAIRS = frozenset({"sft", "sft+dpo"}), frozenset({"dpo", "orpo", "sft+dpo"})
 
 
+def shows_answers(method: Method, *, corrections: bool) -> bool:
+    """Whether there is a phase of sft. Before kto there is where there are corrections: thumbs say nothing of them, and
+    they would be forgotten."""
+    return method in NEEDS_LABELS or (method == "kto" and corrections)
+
+
 @dataclass(frozen=True)
 class OnHand:
     """What a night could train on and the adapter that serves has not seen; `older_labels`: those it has seen."""

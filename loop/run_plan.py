@@ -9,11 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from loop.heaviest_step import RowSize, heaviest_step
 from loop.machine_memory import Machine
 from loop.memory_estimate import Checkpointing, Method, Setup, Workload
 from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
 from loop.memory_record import gib
 from loop.model_shape import UnknownShape, read_shape
+from loop.trainers.preference_rows import preference_rows
 from loop.trainers.spec import CardsSpec, Row, TrainSpec, with_sharding
 
 EAGER_UP_TO_TOKENS = 128  # below, plain attention is a fifth faster on a CPU; above, it needs too much memory
@@ -22,23 +24,11 @@ ERROR = 1.15  # how far an estimate may be off: only beyond it is a training ref
 MESSAGE_TOKENS = 16  # of the marks around each message
 
 
-@dataclass(frozen=True)
-class RowSize:
-    """Tokens of a row, and how many of them are its answer."""
-
-    tokens: int
-    answer: int
-    replay: bool
-
-
-def heaviest_batch(sizes: Sequence[RowSize], batch_size: int) -> Workload:
-    """The worst that a batch of these rows can be: the longest row, padded to by as many as there are places."""
-    longest = max(size.tokens for size in sizes)
-    answers = sorted((size.answer for size in sizes), reverse=True)[:batch_size]
-    held = sorted((size.answer for size in sizes if size.replay), reverse=True)[:batch_size]
-    rows = min(batch_size, len(sizes))
-    usual = sum(size.tokens for size in sizes) / (len(sizes) * longest)
-    return Workload(rows * longest, longest, sum(answers), sum(held), usual)
+def workload(spec: TrainSpec, rows: Sequence[Row]) -> Workload:
+    """Of the heaviest step, from the rows of train.jsonl and, for preferences, those beside it."""
+    preferences = preference_rows(spec.data_dir) if spec.method != "sft" else []
+    own, others = (row_sizes(some, spec.base_dir, spec.lengths.max_length) for some in (rows, preferences))
+    return heaviest_step(spec.method, own, others, rows_a_card(spec))
 
 
 def rows_a_card(spec: TrainSpec) -> int:
@@ -102,11 +92,11 @@ def plans_of(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -
 
 
 def lowered(spec: TrainSpec, backend: str, machine: Machine, batch: Workload, plan: Plan) -> Plan | None:
-    """The same with half as many tokens at once; None where a single row is all that it takes already."""
-    if plan.micro_tokens <= batch.length:
+    """The same with half as many tokens at once; None where it takes a single row or pair already."""
+    if plan.micro_tokens <= batch.least:
         return None
     setup = setup_of(spec, backend, machine, batch.length)
-    tokens = max(batch.length, plan.micro_tokens // 2)
+    tokens = max(batch.least, plan.micro_tokens // 2)
     return plan_for(setup, batch, plan.checkpointing, tokens, plan.budget_bytes)
 
 
@@ -146,9 +136,8 @@ def planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine
 
 
 def _planned(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine) -> Planned:
-    batch = heaviest_batch(row_sizes(rows, spec.base_dir, spec.lengths.max_length), rows_a_card(spec))
     try:
-        plans = plans_of(spec, backend, machine, batch)
+        plans = plans_of(spec, backend, machine, workload(spec, rows))
     except UnknownShape as error:
         return Planned(spec, f"memory is not planned: {error}")
     first = plans[0]

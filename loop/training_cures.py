@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from loop.machine_memory import Machine
 from loop.memory_record import gib
-from loop.run_plan import heaviest_batch, plans_of, row_sizes
+from loop.run_plan import plans_of, workload
 from loop.trainers.spec import Row, TrainSpec
 
 
 def cures(spec: TrainSpec, backend: str, rows: Sequence[Row], machine: Machine) -> tuple[str, ...]:
     """Each alone is enough, by the estimate; the memory that it would take as it is comes last."""
-    batch = heaviest_batch(row_sizes(rows, spec.base_dir, spec.lengths.max_length), spec.schedule.batch_size)
+    batch = workload(spec, rows)
     would = [words for words, leaner in _leaner(spec) if plans_of(leaner, backend, machine, batch)[-1].fits]
     needed = plans_of(spec, backend, machine, batch)[-1].estimated_bytes
     return (*would, f"{gib(needed)} for the training")

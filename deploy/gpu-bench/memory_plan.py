@@ -30,7 +30,7 @@ from loop.executors import LocalExecutor  # noqa: E402
 from loop.machine_memory import Machine, this_machine  # noqa: E402
 from loop.memory_estimate import CUDA_CONTEXT, Workload  # noqa: E402
 from loop.memory_plan import Plan, itemised, plan_for, plans_by_speed  # noqa: E402
-from loop.run_plan import heaviest_batch, row_sizes, setup_of  # noqa: E402
+from loop.run_plan import setup_of, workload  # noqa: E402
 from loop.trainers.spec import MemorySpec, TrainSpec, read_result, read_rows, write_spec  # noqa: E402
 from loop.training_run import with_smaller_plans  # noqa: E402
 
@@ -164,7 +164,7 @@ class Bench:
                              "learning_rate": 1e-4, "replay_share": job.replay},
             }
         )  # fmt: skip
-        work = heaviest_batch(row_sizes(read_rows(folder), base, length), job.batch)
+        work = workload(spec, read_rows(folder))
         return spec.model_copy(update={"memory": self._memory(job, spec, work)}), work
 
     def _memory(self, job: Job, spec: TrainSpec, work: Workload) -> MemorySpec:

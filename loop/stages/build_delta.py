@@ -18,7 +18,6 @@ from loop.digests import digest_folder, write_jsonl
 from loop.fitting_rows import short_enough, short_pairs, trainable
 from loop.gate_families import EARLIER
 from loop.methods import (
-    NEEDS_LABELS,
     NEEDS_PAIRS,
     Choice,
     Method,
@@ -27,6 +26,7 @@ from loop.methods import (
     TooFew,
     choose,
     shortage,
+    shows_answers,
 )
 from loop.outputs import Delta, SyncedLabels
 from loop.preference_examples import Thumbs
@@ -131,7 +131,7 @@ def _skipped(few: TooFew, chosen: examples.ChosenLabels, left_out: tuple[str, ..
 def _replay_wanted(project: ProjectSettings, method: Method, labels: int, units: int) -> int:
     """The base's answers that the hungrier phase draws."""
     recipe = project.trainer
-    supervised = rows_drawn(recipe, labels)[1] if method in NEEDS_LABELS or (method == "kto" and labels) else 0
+    supervised = rows_drawn(recipe, labels)[1] if shows_answers(method, corrections=labels > 0) else 0
     preferring = rows_drawn(PreferenceDraws.of(recipe), units)[1] if method != "sft" else 0
     return max(supervised, preferring)
 

@@ -102,11 +102,11 @@ async def _plan_memory(look: Look) -> Finding:
 
 def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     """The spec with the plans for it, and the first in words."""
-    if spec.method != "sft" or backend == "axolotl":
-        what = "method " + spec.method if spec.method != "sft" else "the axolotl backend"
+    if backend == "axolotl":
         spec = without_sharding_left_open(spec)
-        return spec, f"memory is not planned for {what}; checkpointing {without_plan(spec).memory.checkpointing}"
-    rows, here = read_rows(spec.data_dir), this_machine(spec.cards.gpus)
+        told = f"memory is not planned for the axolotl backend; checkpointing {without_plan(spec).memory.checkpointing}"
+        return spec, told
+    rows, here = read_rows(spec.data_dir, may_be_none=spec.method != "sft"), this_machine(spec.cards.gpus)
     found = planned(spec, backend, rows, here)
     if found.hopeless:
         leanest = found.spec.memory.plans[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loop.trainers.launch_config import ZERO3, fsdp_config
-from loop.trainers.preference_rows import halved
+from loop.trainers.preference_rows import units_a_step
 from loop.trainers.spec import TrainSpec
 
 DATA, PREPARED, OUT, CONFIG = "data.jsonl", "prepared", "checkpoints", "config.yaml"
@@ -66,8 +66,7 @@ def render(
 
 def rows_a_card(spec: TrainSpec) -> int:
     """Of every step; axolotl deals them out in turn."""
-    rows = spec.schedule.batch_size if spec.method == "sft" else halved(spec.schedule.batch_size)
-    return max(1, rows // spec.cards.gpus)
+    return max(1, units_a_step(spec.method, spec.schedule.batch_size) // spec.cards.gpus)
 
 
 def _sharding(spec: TrainSpec, folder: Path) -> dict[str, Any]:

@@ -167,6 +167,11 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     if spec.finetuning_type == "full" and backend.name != "peft":
         raise NotByThisBackend(f"the {backend.name} backend does no full fine-tune that an adapter could carry")
+    if spec.method != "sft" and spec.cards.launched:
+        raise NotByThisBackend(
+            f"method {spec.method!r} is trained on one card with the whole base on it",
+            hint='Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.method = "sft".',
+        )
     digest = unfinished(spec)
     if digest is None:
         return
@@ -182,7 +187,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     stops = stop_ids(spec.base_dir, tokenizer)
     data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
     memory = _settle(spec, backend, data, digest)
-    spec = memory.settled() if memory else without_plan(spec)
+    spec = memory.settled(spec) if memory else without_plan(spec)
     limit_memory(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, data.longest)
@@ -206,13 +211,11 @@ def unfinished(spec: TrainSpec) -> str | None:
 
 
 def _settle(spec: TrainSpec, backend: Backend, data: Data, digest: str) -> RunMemory | None:
-    """None where memory is not planned: for a base of unknown shape, and for preferences."""
-    if spec.method != "sft":
-        return None
+    """None where memory is not planned: for a base of unknown shape."""
     from loop.trainers.memory import settle
     from loop.trainers.planned_run import compute_dtype
 
-    memory = settle(spec, backend.name, data.rows, digest, compute_dtype())
+    memory = settle(spec, backend.name, data.heaviest(spec), digest, compute_dtype())
     if memory is not None:
         memory.limit()
     return memory
@@ -248,7 +251,6 @@ def _train_and_write(
     from loop.trainers.phases import train_phases
 
     trained = train_phases(spec, model, tokenizer, data, digest, channel, memory)
-    outcome = memory.outcome() if memory else None  # of all ranks
     if not team().leads:
         return
     full = extract(trained.model, spec.lora, spec.seed) if spec.finetuning_type == "full" else None
@@ -278,7 +280,7 @@ def _train_and_write(
         extraction=full.outcome if full else None,
         gpus=team().size,
         sharding=spec.cards.held,
-        memory=outcome,
+        memory=memory.outcome(trained.peak_memory_bytes) if memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
     for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):

@@ -15,9 +15,9 @@ from loop.memory_estimate import CUDA_CONTEXT, Workload
 from loop.memory_plan import Plan
 from loop.memory_record import NEAR_MISS, Attempt, MemoryOutcome, MemoryRecord, gib, read_record, write_record
 from loop.model_shape import UnknownShape
-from loop.run_plan import RowSize, heaviest_batch, lowered, name_of, plans_of, rows_a_card
-from loop.trainers.progress import peak_resident_bytes, resident_bytes
-from loop.trainers.rows import Example
+from loop.run_plan import lowered, name_of, plans_of
+from loop.trainers.planned_run import peak_memory_bytes
+from loop.trainers.progress import resident_bytes
 from loop.trainers.spec import TrainSpec
 from loop.trainers.team import team
 
@@ -35,13 +35,13 @@ class RunMemory:
     def plan(self) -> Plan:
         return self._record.plans[0]
 
-    def settled(self) -> TrainSpec:
-        """The spec as this process follows it: no "auto" left."""
-        memory = self._spec.memory.model_copy(
+    def settled(self, spec: TrainSpec) -> TrainSpec:
+        """As this process follows it: no "auto" left."""
+        memory = spec.memory.model_copy(
             update={"checkpointing": self.plan.checkpointing, "micro_tokens": self.plan.micro_tokens}
         )
-        lengths = self._spec.lengths.model_copy(update={"at_once": self.plan.micro_tokens})
-        return self._spec.model_copy(update={"memory": memory, "lengths": lengths})
+        lengths = spec.lengths.model_copy(update={"at_once": self.plan.micro_tokens})
+        return spec.model_copy(update={"memory": memory, "lengths": lengths})
 
     def limit(self) -> None:
         """A budget that was set is kept, whatever the plan thought: beyond it, an allocation fails."""
@@ -82,25 +82,24 @@ class RunMemory:
         """Bytes of the budget that the run has not needed so far."""
         return self.plan.budget_bytes - peak_bytes()
 
-    def outcome(self) -> MemoryOutcome:
+    def outcome(self, peak: int) -> MemoryOutcome:
+        """`peak`: as `peak_memory_bytes`, the highest of all ranks and phases."""
         record = self._record
         return MemoryOutcome(
             plan=self.plan,
             machine=record.machine,
-            measured_bytes=int(team().most(peak_bytes())),
+            measured_bytes=_with_context(peak),
             attempts=record.attempts,
             note=record.note,
         )
 
 
 def settle(
-    spec: TrainSpec, backend: str, examples: Sequence[Example], run_digest: str, compute_dtype: torch.dtype
+    spec: TrainSpec, backend: str, batch: Workload, run_digest: str, compute_dtype: torch.dtype
 ) -> RunMemory | None:
     """The plan of an interrupted run again, else the preflight's, else one of our own. None: the base is of no known
-    shape."""
+    shape. `batch`: of the run's heaviest step."""
     machine = _machine(compute_dtype, spec)
-    sizes = [RowSize(len(row.tokens), len(row.tokens) - row.answer_start, row.replay) for row in examples]
-    batch = heaviest_batch(sizes, rows_a_card(spec))
     record = _record(spec, backend, machine, batch, run_digest) if team().leads else None
     told = team().words(record.model_dump_json() if record else "")
     return RunMemory(spec, backend, machine, batch, MemoryRecord.model_validate_json(told)) if told else None
@@ -132,8 +131,9 @@ def _unfit(plan: Plan, machine: Machine, batch: Workload) -> str:
     """Why a plan made elsewhere does not hold here."""
     if plan.device != machine.device:
         return f"it was made for {plan.device}, and this is {machine.name}"
-    if batch.length > plan.micro_tokens:
-        return f"the longest row has {batch.length} tokens, more than the {plan.micro_tokens} that were planned for"
+    if batch.least > plan.micro_tokens:
+        what = "row has" if batch.together == 1 else "pair has"
+        return f"the longest {what} {batch.least} tokens, more than the {plan.micro_tokens} that were planned for"
     if plan.budget_bytes > SLACK * machine.free:
         return f"only {gib(machine.free)} are free of the {gib(plan.budget_bytes)} that were"
     return ""
@@ -154,9 +154,11 @@ def _machine(compute_dtype: torch.dtype, spec: TrainSpec) -> Machine:
 
 def peak_bytes() -> int:
     """Since the process began or `forget_peak`: allocated on a card, and its context; on a CPU what was resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated()) + CUDA_CONTEXT
-    return peak_resident_bytes()
+    return _with_context(peak_memory_bytes())
+
+
+def _with_context(peak: int) -> int:
+    return peak + (CUDA_CONTEXT if torch.cuda.is_available() else 0)
 
 
 def forget_peak() -> None:

@@ -18,10 +18,15 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 
 from loop.digests import write_durably
+from loop.heaviest_step import RowSize, heaviest_step
+from loop.memory_estimate import Workload
+from loop.methods import shows_answers
+from loop.run_plan import rows_a_card
 from loop.trainers.checkpoints import CHECKPOINTS, phase_folder
 from loop.trainers.memory import RunMemory
 from loop.trainers.planned_run import Trained, single_precision
-from loop.trainers.preference_loop import Objective, Preferences, step_tokens, train_preferences
+from loop.trainers.preference_loop import step_tokens, train_preferences
+from loop.trainers.preference_parts import Objective, Preferences
 from loop.trainers.preference_rows import Unit, pair_units, plan_units, read_pairs, read_thumbs, thumb_units
 from loop.trainers.progress import Channel, Relay
 from loop.trainers.rows import Example, plan_examples
@@ -41,11 +46,23 @@ class Data:
     @property
     def longest(self) -> int:
         """Tokens."""
-        return max(len(row.tokens) for row in (*self.rows, *(row for unit in self.units for row in unit.rows)))
+        return max(len(row.tokens) for row in (*self.rows, *self._unit_rows()))
 
     @property
     def examples(self) -> int:
         return len(self.rows) + len(self.units)
+
+    def heaviest(self, spec: TrainSpec) -> Workload:
+        """Of all steps, on one card."""
+        rows, preferences = ([_size(row) for row in some] for some in (self.rows, self._unit_rows()))
+        return heaviest_step(spec.method, rows, preferences, rows_a_card(spec))
+
+    def _unit_rows(self) -> list[Example]:
+        return [row for unit in self.units for row in unit.rows]
+
+
+def _size(row: Example) -> RowSize:
+    return RowSize(len(row.tokens), len(row.tokens) - row.answer_start, row.replay)
 
 
 @dataclass(frozen=True)
@@ -71,9 +88,8 @@ def preference_units(spec: TrainSpec, tokenizer: Any, stop_ids: frozenset[int]) 
 
 
 def phases(spec: TrainSpec, data: Data) -> list[Phase]:
-    """kto is preceded by sft where there are corrections: thumbs say nothing of them, and they would be forgotten."""
     planned = []
-    if spec.method in ("sft", "sft+dpo") or (spec.method == "kto" and any(not row.replay for row in data.rows)):
+    if shows_answers(spec.method, corrections=any(not row.replay for row in data.rows)):
         _, tokens = plan_examples(data.rows, spec.schedule, spec.seed)
         planned.append(Phase("sft", len(tokens), sum(tokens)))
     if spec.method != "sft":
@@ -98,7 +114,7 @@ def train_phases(
     channel: Channel,
     memory: RunMemory | None = None,
 ) -> Trained:
-    """The last phase's outcome; steps, tokens and seconds are of all. `memory`: of supervised fine-tuning alone."""
+    """The last phase's outcome; steps, tokens and seconds are of all. `memory`: its plan is one for all of them."""
     planned = phases(spec, data)
     total = sum(phase.steps for phase in planned)
     done: list[Trained] = []
@@ -109,6 +125,7 @@ def train_phases(
         trained = None if last else _finished(own.out_dir, run_digest, model)
         if trained is None:
             told = Relay(channel, partial(_counted, phase=phase, before=before, total=total))
+            own = memory.settled(own) if memory else own  # an earlier phase may have lowered it
             trained = _train(own, phase, model, tokenizer, data, run_digest, told, memory)
         if not last:
             _finish(own.out_dir, run_digest, trained)
@@ -136,7 +153,7 @@ def _train(
 ) -> Trained:
     if phase.objective == "sft":
         return train(spec, model, tokenizer, list(data.rows), run_digest, channel, memory)
-    return train_preferences(spec, model, tokenizer, _preferences(phase.objective, data), run_digest, channel)
+    return train_preferences(spec, model, tokenizer, _preferences(phase.objective, data), run_digest, channel, memory)
 
 
 def _phase_spec(spec: TrainSpec, planned: Sequence[Phase], number: int, elapsed: float) -> TrainSpec:

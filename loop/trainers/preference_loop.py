@@ -6,15 +6,17 @@ finish on the served base and the progress lines are those of `planned_run`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from loop.trainers.checkpointing import ready
 from loop.trainers.loss import Amp
+from loop.trainers.memory import RunMemory
 from loop.trainers.planned_run import LAST_STEPS, Diverged, Trained, compute_dtype, run_planned, single_precision
 from loop.trainers.preference_loss import (
     Padded,
@@ -27,117 +29,119 @@ from loop.trainers.preference_loss import (
     score,
     score_base,
 )
-from loop.trainers.preference_rows import Unit, kto_weights, mismatched, plan_units
+from loop.trainers.preference_parts import PreferencePart, PreferenceParts, Preferences, Step, StepParts
+from loop.trainers.preference_rows import kto_weights, plan_units
 from loop.trainers.progress import Channel, Relay
-from loop.trainers.rows import Example
+from loop.trainers.room import find_room
 from loop.trainers.sft_loop import arguments, optimizer_of, scheduler_of
 from loop.trainers.spec import Progress, TrainSpec
 
-Step = tuple[list[int], list[int]]  # numbers of units, of replay rows
-Objective = Literal["dpo", "orpo", "kto"]
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """All that a run trains on; `replay` holds the model to the base."""
-
-    objective: Objective
-    units: Sequence[Unit]
-    replay: Sequence[Example]
-
 
 class PreferenceTrainer(Trainer):
-    """Steps of units and replay rows, made into tensors as they come."""
+    """Steps of units and replay rows, a part at a time, made into tensors as they come."""
 
-    def __init__(
-        self, *, spec: TrainSpec, data: Preferences, plan: list[Step], pad_id: int, amp: Amp, **rest: Any
-    ) -> None:
-        self._spec, self._data, self._plan, self._pad_id, self._amp = spec, data, plan, pad_id, amp
-        self._weights = kto_weights(data.units) if data.objective == "kto" else (1.0, 1.0)
+    def __init__(self, *, spec: TrainSpec, plan: list[Step], parts: PreferenceParts, amp: Amp, **rest: Any) -> None:
+        self._spec, self._plan, self._parts, self._amp = spec, plan, parts, amp
+        self._data = parts.data
+        self._weights = kto_weights(self._data.units) if self._data.objective == "kto" else (1.0, 1.0)
         self.margins: list[float] = []
         super().__init__(**rest)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         steps = [[number] for number in range(len(self._plan))]
-        return DataLoader(
-            range(len(self._plan)), batch_sampler=steps, collate_fn=lambda one: self._batch(*self._plan[one[0]])
-        )
+        return DataLoader(range(len(self._plan)), batch_sampler=steps, collate_fn=self._collate)
 
-    def _batch(self, unit_numbers: list[int], replay_numbers: list[int]) -> dict[str, Any]:
-        """`rows`: all chosen ones, then all rejected ones; or the thumbs. Parts that a step lacks are not there."""
-        units = [self._data.units[number] for number in unit_numbers]
-        parts: dict[str, list[Example]] = {"held": [self._data.replay[number] for number in replay_numbers]}
-        batch: dict[str, Any] = {}
-        if self._data.objective == "kto":
-            parts |= {"rows": [unit.rows[0] for unit in units]}
-            parts |= {"mismatched": mismatched(units, self._spec.lengths.max_length) if units else []}
-            batch["good"] = torch.tensor([bool(unit.good) for unit in units])
-        else:
-            parts["rows"] = [unit.rows[side] for side in (0, 1) for unit in units]
-        made = {name: Padded.of(rows, self._pad_id)._asdict() for name, rows in parts.items() if rows}
-        return {**batch, **made}
+    def _collate(self, one: list[int]) -> dict[str, StepParts]:
+        return {"step": self._parts(self._plan[one[0]])}
 
-    def compute_loss(
-        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    def training_step(
+        self, model: Any, inputs: Mapping[str, StepParts], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        rows = {name: Padded(**inputs[name]) for name in ("rows", "mismatched", "held") if name in inputs}
-        loss = torch.zeros((), device=model.device)
-        if "rows" in rows:
-            loss = loss + self._preference_loss(model, rows, inputs.get("good"))
-        if "held" in rows:
-            loss = loss + self._held(model, rows["held"])
-        if not torch.isfinite(loss):
-            raise Diverged(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} of {self._data.objective}",
-                hint="Lower trainer.preference_learning_rate, or look for broken rows in this night's delta.",
-            )
-        return loss
+        return self._train_on(model, inputs["step"])
 
-    def _held(self, model: Any, rows: Padded) -> torch.Tensor:
-        if self._spec.schedule.replay_loss == "ce":
-            return cross_entropy(score(model, rows, self._amp))
-        return self._spec.schedule.kl_weight * held_loss(model, rows, self._amp)
+    def _train_on(self, model: Any, step: StepParts) -> torch.Tensor:
+        if not model.training:
+            ready(model)
+        total = torch.zeros((), device=model.device)
+        for loss in self.losses(model, step):
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
-    def _preference_loss(self, model: Any, rows: dict[str, Padded], good: torch.Tensor | None) -> torch.Tensor:
-        """The base first: what it says has no gradient and is let go of before the adapter's states are kept."""
-        beta = self._spec.preference.beta
-        if good is not None:
-            with torch.no_grad():
-                drift = (
-                    score(model, rows["mismatched"], self._amp).sums
-                    - score_base(model, rows["mismatched"], self._amp).sums
+    def losses(self, model: Any, step: StepParts) -> Iterator[torch.Tensor]:
+        """Each part's, which add up to the step's; a part goes through the model when its loss is asked for."""
+        drift = self._drift(model, step.mismatched)
+        margins: list[float] = []
+        for part in (made.to(model.device) for made in step.parts):
+            loss = self._held(model, part) if part.held else self._of_units(model, part, drift, margins)
+            if not torch.isfinite(loss):
+                raise Diverged(
+                    f"the loss became {loss.item()} at step {self.state.global_step + 1} of {self._data.objective}",
+                    hint="Lower trainer.preference_learning_rate, or look for broken rows in this night's delta.",
                 )
-            base = score_base(model, rows["rows"], self._amp).sums
-            return kto_loss(score(model, rows["rows"], self._amp).sums - base, good, drift, beta, self._weights)
-        pairs = len(rows["rows"].input_ids) // 2
-        base = None if self._data.objective == "orpo" else score_base(model, rows["rows"], self._amp).sums
-        scored = score(model, rows["rows"], self._amp)
+            yield loss
+        if margins:
+            self.margins.append(sum(margins))
+
+    def _held(self, model: Any, part: PreferencePart) -> torch.Tensor:
+        if self._spec.schedule.replay_loss == "ce":
+            return part.of_tokens * cross_entropy(score(model, part.rows, self._amp))
+        return part.of_tokens * self._spec.schedule.kl_weight * held_loss(model, part.rows, self._amp)
+
+    def _drift(self, model: Any, mismatched: Sequence[Padded]) -> torch.Tensor:
+        """Of a step's mismatched rows from the base, in nats; empty where there are none."""
+        found = [torch.zeros(0, device=model.device)]
+        with torch.no_grad():
+            for rows in (some.to(model.device) for some in mismatched):
+                own = score(model, rows, self._amp).sums
+                found.append(own - score_base(model, rows, self._amp).sums)
+        return torch.cat(found)
+
+    def _of_units(self, model: Any, part: PreferencePart, drift: torch.Tensor, margins: list[float]) -> torch.Tensor:
+        """The base first: what it says has no gradient and is let go of before the adapter's states are kept.
+
+        The part's share of the step's mean margin goes to `margins`.
+        """
+        beta, rows = self._spec.preference.beta, part.rows
+        base = None if self._data.objective == "orpo" else score_base(model, rows, self._amp).sums
+        scored = score(model, rows, self._amp)
+        if part.good is not None:
+            assert base is not None
+            return part.of_units * kto_loss(scored.sums - base, part.good, drift, beta, self._weights)
+        pairs = len(rows.input_ids) // 2
         chosen, rejected = Scored(*(s[:pairs] for s in scored)), Scored(*(s[pairs:] for s in scored))
-        self.margins.append((chosen.sums - rejected.sums).mean().item())
+        margins.append(part.of_units * (chosen.sums - rejected.sums).mean().item())
         if base is None:
-            return orpo_loss(chosen, rejected, beta)
-        return dpo_loss(chosen.sums, rejected.sums, (base[:pairs], base[pairs:]), beta)
+            return orpo_loss(chosen, rejected, beta, of_tokens=part.of_tokens, of_pairs=part.of_units)
+        return part.of_units * dpo_loss(chosen.sums, rejected.sums, (base[:pairs], base[pairs:]), beta)
 
     def try_heaviest(self) -> None:
-        """The step that needs most memory goes first, without an update: out of memory shows in the first minute."""
-        batch = self._batch(*max(self._plan, key=self._weight))
-        self.model.train()
-        self.compute_loss(self.model, self._prepare_inputs(batch)).backward()
+        self._try(self._parts.heaviest(self._plan))
+
+    def try_shortest(self) -> None:
+        units = self._data.units
+        self._try(([min(range(len(units)), key=lambda number: units[number].tokens)], []))
+
+    def _try(self, step: Step) -> None:
+        self._train_on(self.model, self._parts(step))
         self.model.zero_grad()
         self.margins.clear()
+
+    def train_at_once(self, tokens: int) -> None:
+        self._parts = replace(self._parts, at_once=tokens)
 
     def with_margin(self, progress: Progress) -> Progress:
         return progress.model_copy(update={"margin": self.margins[-1] if self.margins else None})
 
-    def _weight(self, step: Step) -> int:
-        rows = [row for unit in step[0] for row in self._data.units[unit].rows] + [
-            self._data.replay[n] for n in step[1]
-        ]
-        return len(rows) * max(len(row.tokens) for row in rows)
-
 
 def train_preferences(
-    spec: TrainSpec, model: Any, tokenizer: Any, data: Preferences, run_digest: str, channel: Channel
+    spec: TrainSpec,
+    model: Any,
+    tokenizer: Any,
+    data: Preferences,
+    run_digest: str,
+    channel: Channel,
+    memory: RunMemory | None = None,
 ) -> Trained:
     """As `run_planned`: to the end of the plan or of the time, from a checkpoint where there is one."""
     schedule = spec.schedule.model_copy(update={"learning_rate": spec.preference.learning_rate})
@@ -148,9 +152,8 @@ def train_preferences(
     optimizer = optimizer_of(model, schedule)
     trainer = PreferenceTrainer(
         spec=spec,
-        data=data,
         plan=plan,
-        pad_id=tokenizer.pad_token_id or 0,
+        parts=PreferenceParts(data, tokenizer.pad_token_id or 0, spec.lengths.max_length, spec.lengths.at_once),
         amp=Amp(model.device.type, compute_dtype()),
         model=model,
         args=arguments(spec, len(plan)),
@@ -158,8 +161,9 @@ def train_preferences(
         processing_class=tokenizer,
         optimizers=(optimizer, scheduler_of(optimizer, schedule, len(plan))),
     )
-    trainer.try_heaviest()
-    trained = run_planned(trainer, spec, model, tokens, run_digest, Relay(channel, trainer.with_margin))
+    find_room(trainer, spec.memory.checkpointing, memory)
+    told, room = Relay(channel, trainer.with_margin), memory.room if memory else None
+    trained = run_planned(trainer, spec, model, tokens, run_digest, told, room=room)
     margins = trainer.margins[-LAST_STEPS:]
     return replace(trained, final_margin=sum(margins) / len(margins) if margins else None)
 

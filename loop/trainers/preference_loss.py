@@ -25,14 +25,17 @@ class Padded(NamedTuple):
     answers: torch.Tensor  # rows x tokens, bool
 
     @classmethod
-    def of(cls, rows: Sequence[Example], pad_id: int, device: Any = "cpu") -> Padded:
+    def of(cls, rows: Sequence[Example], pad_id: int) -> Padded:
         width = max(len(row.tokens) for row in rows)
         ids = torch.full((len(rows), width), pad_id)
         answers = torch.zeros((len(rows), width), dtype=torch.bool)
         for number, row in enumerate(rows):
             ids[number, : len(row.tokens)] = torch.tensor(row.tokens)
             answers[number, row.answer_start : len(row.tokens)] = True
-        return cls(ids.to(device), answers.to(device))
+        return cls(ids, answers)
+
+    def to(self, device: Any) -> Padded:
+        return Padded(self.input_ids.to(device), self.answers.to(device))
 
 
 class Scored(NamedTuple):
@@ -66,14 +69,17 @@ def dpo_loss(
     return -functional.logsigmoid(beta * margin).mean()
 
 
-def orpo_loss(chosen: Scored, rejected: Scored, beta: float) -> torch.Tensor:
+def orpo_loss(
+    chosen: Scored, rejected: Scored, beta: float, *, of_tokens: float = 1.0, of_pairs: float = 1.0
+) -> torch.Tensor:
     """arXiv:2403.07691, equations 4 and 6: cross entropy of the chosen answer + beta x the odds ratio's loss.
 
-    The cross entropy is over the answer only, as everywhere here; trl's is over the prompt's tokens too.
+    The cross entropy is over the answer only, as everywhere here; trl's is over the prompt's tokens too. Of a part of a
+    step: its share of the step's chosen tokens, and of its pairs.
     """
     better, worse = chosen.sums / chosen.lengths, rejected.sums / rejected.lengths
     log_odds = (better - worse) - (_log1mexp(better) - _log1mexp(worse))
-    return cross_entropy(chosen) - beta * functional.logsigmoid(log_odds).mean()
+    return of_tokens * cross_entropy(chosen) - of_pairs * beta * functional.logsigmoid(log_odds).mean()
 
 
 def cross_entropy(rows: Scored) -> torch.Tensor:
@@ -85,7 +91,7 @@ def kto_loss(
     gains: torch.Tensor, good: torch.Tensor, drift: torch.Tensor, beta: float, weights: tuple[float, float]
 ) -> torch.Tensor:
     """arXiv:2402.01306, equations 7 and 8. `gains`: each answer's log-probability above the base's; `drift`: the same
-    of mismatched answers, the estimate of the KL from the base, never negative and without gradient."""
+    of a whole step's mismatched answers, the estimate of the KL from the base, never negative and without gradient."""
     kl = drift.mean().clamp(min=0).detach()
     of_good, of_bad = 1 - torch.sigmoid(beta * (gains - kl)), 1 - torch.sigmoid(beta * (kl - gains))
     return torch.where(good, weights[0] * of_good, weights[1] * of_bad).mean()

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from labeling.settings import Strict
 from loop.digests import write_jsonl
+from loop.methods import Method
 from loop.trainers.rows import Draws, Example, plan_batches, tokenise
 from loop.trainers.spec import PAIRS_FILE, THUMBS_FILE, Answered, Message, Row, ScheduleSpec, read_lines
 
@@ -124,6 +125,11 @@ def mismatched(units: Sequence[Unit], max_length: int) -> list[Example]:
 def halved(batch_size: int) -> int:
     """Units a step: each is two rows, a pair's own or a thumb's and its mismatched one. So memory stays that of sft."""
     return max(batch_size // 2, 1)
+
+
+def units_a_step(method: Method, batch_size: int) -> int:
+    """Of its last phase: rows, pairs or thumbs."""
+    return batch_size if method == "sft" else halved(batch_size)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from trl import SFTConfig, SFTTrainer
 from labeling.errors import NightschoolError
 from loop.trainers.base_states import BaseStates
 from loop.trainers.batches import Batches, Part
-from loop.trainers.checkpointing import ensure, ready
+from loop.trainers.checkpointing import ready
 from loop.trainers.checkpoints import CHECKPOINTS
 from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
-from loop.trainers.memory import RunMemory, forget_peak, optimizer_bytes, peak_bytes
+from loop.trainers.memory import RunMemory
 from loop.trainers.packing import choose, leave
 from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned, single_precision
 from loop.trainers.progress import Channel
+from loop.trainers.room import find_room
 from loop.trainers.rows import Example, heaviest, plan_examples
 from loop.trainers.spec import ScheduleSpec, TrainSpec
 from loop.trainers.team import team
@@ -105,36 +106,18 @@ class RetentionTrainer(SFTTrainer):
             self.log(logs)
 
     def try_heaviest(self) -> None:
-        """The batch that needs most memory goes first, without a step: out of memory shows in the first minute.
-
-        Of several ranks each tries it: any may come to train it.
-        """
+        """Of several ranks each tries it: any may come to train it."""
         made = self._batches
         self._train_on(self.model, made(heaviest(self._plan, made.lengths, made.at_once, packed=made.packed)))
         self.model.zero_grad()
 
-    def _try_shortest(self) -> None:
+    def try_shortest(self) -> None:
         lengths = self._batches.lengths
         self._train_on(self.model, self._batches([min(range(len(lengths)), key=lengths.__getitem__)]))
         self.model.zero_grad()
 
-    def find_room(self, memory: RunMemory | None) -> None:
-        """The heaviest part first, in smaller parts after a near miss. Where memory runs out the process ends: what it
-        leaves is in pieces, and another one, started afresh, takes the next plan."""
-        ready(self.model)
-        done = ensure(self.model, self._spec.memory.checkpointing, self._try_shortest)
-        if done and memory is not None:
-            memory.note(done)
-        while True:
-            forget_peak()
-            self.try_heaviest()
-            if memory is None:
-                return
-            measured = peak_bytes() + optimizer_bytes([w for w in self.model.parameters() if w.requires_grad])
-            measured = int(self._team.most(measured))
-            if not memory.near_miss(measured) or not memory.lower(measured):
-                return
-            self._batches = replace(self._batches, at_once=memory.plan.micro_tokens)
+    def train_at_once(self, tokens: int) -> None:
+        self._batches = replace(self._batches, at_once=tokens)
 
 
 def train(
@@ -161,7 +144,7 @@ def train(
     base = BaseStates(batches, plan, amp, anew=[finish_at(spec, len(plan))], team=team())
     trainer = _trainer(spec, model, tokenizer, plan, batches=batches, base=base, amp=amp)
     channel.mark("ready")
-    trainer.find_room(memory)
+    find_room(trainer, spec.memory.checkpointing, memory)
     channel.mark("tried")
     room = memory.room if memory else None
     trained = run_planned(trainer, spec, model, tokens, run_digest, channel, room=room, on_exchange=base.forget)

@@ -15,11 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loop.executors import ChildCrashed, LocalExecutor
+from loop.machine_memory import host
 from loop.memory_plan import Plan
 from loop.memory_record import read_record
+from loop.run_plan import planned
 from loop.trainers import peft as peft_backend
 from loop.trainers.planned_run import compute_dtype
-from loop.trainers.spec import TrainResult, TrainSpec, read_result, write_spec
+from loop.trainers.preference_rows import Pair, Thumb, write_preferences
+from loop.trainers.spec import TrainResult, TrainSpec, read_result, read_rows, write_spec
 from loop.training_run import with_smaller_plans
 from tests.integration.test_trainer import trainers_of
 
@@ -90,6 +93,20 @@ async def _train(
     return result, fell_back
 
 
+def _preferences(folder: Path, base_dir: Path, method: str, **changed: Any) -> TrainSpec:
+    """As `_spec`; and eight pairs or thumbs of like length."""
+    spec = _spec(folder, base_dir, method=method, **changed)
+    answers = {"chosen": "so. " * (LENGTH // 4), "rejected": "not so. " * (LENGTH // 8)}
+    pairs, thumbs = [], []
+    for number in range(ROWS):
+        prompt = [{"role": "user", "content": f"Question {number}?"}]
+        pairs.append(Pair.model_validate({"id": f"p{number}", "prompt": prompt, **answers}))
+        messages = [*prompt, {"role": "assistant", "content": answers["chosen"]}]
+        thumbs.append(Thumb.model_validate({"id": f"t{number}", "messages": messages, "good": number % 2 == 0}))
+    write_preferences(folder, [] if method == "kto" else pairs, thumbs if method == "kto" else [])
+    return spec
+
+
 def _plan(**changed: Any) -> Plan:
     fields = {"micro_tokens": 100_000, "estimated_bytes": 1, "budget_bytes": GIB, "device": "cpu", "tokens_per_s": 1}
     return Plan.model_validate(fields | changed)
@@ -156,6 +173,47 @@ async def test_a_killed_training_keeps_its_plan(base_dir: Path, tmp_path: Path) 
     assert result.memory.plan == before.plans[0]
     assert result.memory.attempts == ()
     assert told[1] in {1, 2}  # from the checkpoint, where there was one
+
+
+async def test_preferences_fall_back_to_the_next_plan(base_dir: Path, tmp_path: Path) -> None:
+    """Out of memory with both rows of all pairs at once, they train recomputed, a pair at a time."""
+    tight = 0.95 * GIB
+    plans = (_plan(budget_bytes=int(tight)), _plan(budget_bytes=int(tight), checkpointing="on", micro_tokens=1300))
+    schedule = {"max_steps": 2, "batch_size": 16, "epochs": 100, "save_steps": 1}
+    _preferences(tmp_path, base_dir, "dpo", schedule=schedule, memory={"budget_gib": tight / GIB, "plans": plans})
+    result, fell_back = await _train(tmp_path)
+    assert fell_back == [plans[1]]
+    assert result.memory is not None
+    assert (result.steps, result.memory.plan) == (2, plans[1])
+    assert [attempt.outcome for attempt in result.memory.attempts] == ["out_of_memory"]
+    assert 0 < result.memory.measured_bytes <= tight * 1.05
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto", "sft+dpo"])
+async def test_preferences_take_the_memory_that_was_planned(method: str, base_dir: Path, tmp_path: Path) -> None:
+    """Planned as the preflight does; measured within a third, as docs/trainer.md says of a CPU, over all phases."""
+    spec = _preferences(tmp_path, base_dir, method)
+    made = planned(spec, "peft", read_rows(tmp_path), host())
+    assert made.spec.memory.plans[0].micro_batches == 1
+    write_spec(made.spec, tmp_path / "spec.json")
+    result, fell_back = await _train(tmp_path)
+    assert result.memory is not None
+    assert (fell_back, result.memory.note, result.memory.attempts) == ([], "", ())
+    assert result.memory.plan == made.spec.memory.plans[0]
+    assert result.memory.measured_bytes == pytest.approx(result.memory.plan.estimated_bytes, rel=1 / 3)
+
+
+async def test_a_near_miss_of_preferences_goes_down_to_a_pair(base_dir: Path, tmp_path: Path) -> None:
+    """Both phases train with what the first one was lowered to."""
+    _preferences(
+        tmp_path, base_dir, "sft+dpo", memory={"plans": (_plan(budget_bytes=GIB // 4, micro_tokens=ROWS * 620),)}
+    )
+    result, fell_back = await _train(tmp_path)
+    assert result.memory is not None
+    assert fell_back == []
+    assert {attempt.outcome for attempt in result.memory.attempts} == {"near_miss"}
+    assert 620 <= result.memory.plan.micro_tokens < 2 * 2 * 620
+    assert result.steps == 4
 
 
 def test_a_four_bit_base_still_passes_gradients_after_a_call_without(base_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loop.trainers.loss import Amp
-from loop.trainers.preference_loop import Objective, Preferences, PreferenceTrainer
+from loop.trainers.preference_loop import PreferenceTrainer
+from loop.trainers.preference_parts import Objective, PreferenceParts, Preferences
 from loop.trainers.preference_rows import Unit
 from loop.trainers.rows import Example
 from loop.trainers.sft_loop import arguments
@@ -41,7 +42,9 @@ def model() -> Any:
     return adapted.eval()
 
 
-def _trainer(model: Any, folder: Path, objective: Objective, units: list[Unit], **schedule: Any) -> PreferenceTrainer:
+def _trainer(
+    model: Any, folder: Path, objective: Objective, units: list[Unit], at_once: int | None = None, **schedule: Any
+) -> PreferenceTrainer:
     spec = TrainSpec.model_validate(
         {
             "base_dir": folder,
@@ -57,9 +60,8 @@ def _trainer(model: Any, folder: Path, objective: Objective, units: list[Unit], 
     plan = [(list(range(len(units))), [0, 1])]
     return PreferenceTrainer(
         spec=spec,
-        data=Preferences(objective, units, REPLAY),
         plan=plan,
-        pad_id=0,
+        parts=PreferenceParts(Preferences(objective, units, REPLAY), 0, spec.lengths.max_length, at_once),
         amp=Amp("cpu", torch.float32),
         model=model,
         args=arguments(spec, 1),
@@ -71,7 +73,7 @@ def _is_the_loss(trainer: PreferenceTrainer, expected: torch.Tensor) -> None:
     """In value and in gradient."""
     (batch,) = trainer.get_train_dataloader()
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    loss = trainer.compute_loss(trainer.model.eval(), batch)
+    loss = torch.stack(list(trainer.losses(trainer.model.eval(), batch["step"]))).sum()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     ours, theirs = torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)
     for one, other in zip(ours, theirs, strict=True):
@@ -157,3 +159,39 @@ def test_replay_by_cross_entropy_has_no_base_in_it(model: Any, tmp_path: Path) -
     tokens = sum(len(row.tokens) - row.answer_start for row in REPLAY)
     entropy = -torch.stack([_sum(model, row) for row in REPLAY]).sum() / tokens
     _is_the_loss(trainer, -logsigmoid(BETA * above).mean() + entropy)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("replay_loss", ["kl", "ce"])
+def test_parts_add_up_to_the_step(objective: Objective, replay_loss: str, model: Any, tmp_path: Path) -> None:
+    """One pair or row at a time: the same loss, gradients and margin; the drift is the whole step's in every part."""
+    units = THUMBS if objective == "kto" else PAIRS
+    found = []
+    for at_once, parts in ((None, 2), (1, len(units) + len(REPLAY))):
+        trainer = _trainer(model, tmp_path, objective, units, at_once, replay_loss=replay_loss)
+        (batch,) = trainer.get_train_dataloader()
+        assert len(batch["step"].parts) == parts
+        weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        loss = trainer.training_step(trainer.model.eval(), batch)
+        found.append((loss, [weight.grad.clone() for weight in weights], trainer.margins))
+        trainer.model.zero_grad()
+    (whole, gradients, margins), (parted, others, told) = found
+    assert parted.item() == pytest.approx(whole.item(), abs=1e-5)
+    assert told == pytest.approx(margins, abs=1e-4)
+    assert len(told) == (0 if objective == "kto" else 1)
+    assert max(one.abs().max() for one in gradients) > 1e-3
+    for one, other in zip(gradients, others, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_try_leaves_nothing_behind(model: Any, tmp_path: Path) -> None:
+    """Neither gradients nor margins; the step after it is the one that it would have been."""
+    trainer = _trainer(model, tmp_path, "dpo", PAIRS)
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    for tried in (trainer.try_shortest, trainer.try_heaviest):
+        tried()
+        assert all(weight.grad is None or not weight.grad.any() for weight in weights)
+    assert trainer.margins == []
+    trainer.train_at_once(1)
+    (batch,) = trainer.get_train_dataloader()
+    assert len(batch["step"].parts) == len(PAIRS) + len(REPLAY)

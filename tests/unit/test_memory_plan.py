@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loop import machine_memory
+from loop.heaviest_step import RowSize, heaviest_batch, heaviest_step
 from loop.machine_memory import Machine
 from loop.memory_estimate import GIB, Setup, Workload, estimate
 from loop.memory_plan import Plan, itemised, ladder, plan_for, plans_by_speed, seconds
 from loop.memory_record import MemoryOutcome, MemoryRecord, fall_back, in_words, read_record, write_record
 from loop.model_shape import NAMED, UnknownShape, find_shape, read_shape, shape_of
 from loop.plan_advice import Question, answer
-from loop.run_plan import RowSize, heaviest_batch, plans_of, row_sizes
+from loop.run_plan import plans_of, row_sizes
 from loop.trainers.spec import MemorySpec, Row, TrainSpec, run_digest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -254,6 +255,34 @@ def test_a_run_is_planned_from_its_rows_and_its_budget(tmp_path: Path) -> None:
     given_budget = _spec(tmp_path, memory={"budget_gib": 10, "checkpointing": "offload"})
     assert {plan.budget_bytes for plan in plans_of(given_budget, "unsloth", card, long)} == {10 * GIB}
     assert {plan.checkpointing for plan in plans_of(given_budget, "unsloth", card, long)} == {"offload"}
+
+
+def test_a_step_of_preferences_is_planned_by_its_pairs() -> None:
+    """Of eight places four are pairs of two rows, or thumbs of one; replay rows go through apart; pairs stay whole."""
+    pairs = [RowSize(100 + number, 20 + number, replay=False) for number in range(12)]
+    replay = [RowSize(60, 24, replay=True)] * 9
+    dpo = heaviest_step("dpo", replay, pairs, 8)
+    assert (dpo.tokens, dpo.length, dpo.together, dpo.least) == (8 * 111, 111, 2, 222)
+    assert (dpo.scored, dpo.replay_scored, dpo.ahead) == (sum(range(24, 32)), 4 * 24, 1)
+    kto = heaviest_step("kto", replay, pairs, 8)
+    assert (kto.tokens, kto.together) == (4 * 111, 1)
+    few = heaviest_step("orpo", [], pairs[:2], 8)
+    assert (few.tokens, few.replay_scored) == (2 * 101, 0)
+    long_replay = heaviest_step("dpo", [RowSize(900, 700, replay=True)] * 9, pairs, 8)
+    assert (long_replay.tokens, long_replay.scored, long_replay.least) == (4 * 900, 4 * 700, 1800)
+    assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, most=1)} == {222}
+
+
+def test_answers_that_are_shown_first_count_too() -> None:
+    """Of two phases the worse, whichever it is: sft's rows where they are longer, the pairs' two that stay together."""
+    rows = [RowSize(300, 30, replay=False), *[RowSize(60, 24, replay=True)] * 9]
+    units = [RowSize(100, 40, replay=False)] * 12
+    both = heaviest_step("sft+dpo", rows, units, 8)
+    assert (both.tokens, both.length, both.least) == (8 * 300, 300, 600)
+    assert (both.scored, both.ahead) == (8 * 40, 32)
+    assert heaviest_step("kto", rows, units, 8).tokens == 8 * 300
+    assert heaviest_step("kto", rows[1:], units, 8).tokens == 4 * 100
+    assert heaviest_step("dpo", rows, units, 8).tokens == 8 * 100, "corrections are not shown by dpo"
 
 
 def test_rows_are_measured_before_the_trainer_reads_them(tmp_path: Path) -> None:
