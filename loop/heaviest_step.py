@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from loop.memory_estimate import Workload
-from loop.methods import Method, shows_answers
-from loop.trainers.preference_rows import units_a_step
+from loop.methods import shows_answers
+from loop.trainers.preference_rows import most_of_each
+from loop.trainers.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,21 @@ class RowSize:
     replay: bool
 
 
-def heaviest_step(method: Method, rows: Sequence[RowSize], preferences: Sequence[RowSize], batch_size: int) -> Workload:
-    """Over all phases of the method. `preferences`: both answers of each pair, or thumbs.
+def heaviest_step(spec: TrainSpec, rows: Sequence[RowSize], preferences: Sequence[RowSize]) -> Workload:
+    """On one card, over all phases of the method. `preferences`: both answers of each pair, or thumbs.
 
     Replay rows go through the model apart from pairs and thumbs, and what the base says of them is asked as they come.
     """
     replay = [size for size in rows if size.replay]
     found = []
-    if shows_answers(method, corrections=len(replay) < len(rows)):
-        found.append(heaviest_batch(rows, batch_size))
-    if method != "sft":
-        units, together = units_a_step(method, batch_size), 1 if method == "kto" else 2
+    if shows_answers(spec.method, corrections=len(replay) < len(rows)):
+        a_card = -(-spec.schedule.batch_size // spec.cards.gpus)  # at the most; where one has more, they are shorter
+        found.append(heaviest_batch(rows, a_card))
+    if spec.method != "sft":
+        together = 1 if spec.method == "kto" else 2
+        units, held = most_of_each(len(preferences) // together, len(replay), spec.schedule)
         found.append(replace(heaviest_batch(preferences, together * units), together=together, ahead=1))
-        found += [replace(heaviest_batch(replay, units), ahead=1)] if replay else []
+        found += [replace(heaviest_batch(replay, held), ahead=1)] if held else []
     return reduce(_worse, found)
 
 

@@ -28,12 +28,7 @@ def workload(spec: TrainSpec, rows: Sequence[Row]) -> Workload:
     """Of the heaviest step, from the rows of train.jsonl and, for preferences, those beside it."""
     preferences = preference_rows(spec.data_dir) if spec.method != "sft" else []
     own, others = (row_sizes(some, spec.base_dir, spec.lengths.max_length) for some in (rows, preferences))
-    return heaviest_step(spec.method, own, others, rows_a_card(spec))
-
-
-def rows_a_card(spec: TrainSpec) -> int:
-    """Of a step, at the most; where one has more, they are shorter."""
-    return -(-spec.schedule.batch_size // spec.cards.gpus)
+    return heaviest_step(spec, own, others)
 
 
 def name_of(machine: str, cards: CardsSpec) -> str:

@@ -21,7 +21,6 @@ from loop.digests import write_durably
 from loop.heaviest_step import RowSize, heaviest_step
 from loop.memory_estimate import Workload
 from loop.methods import shows_answers
-from loop.run_plan import rows_a_card
 from loop.trainers.checkpoints import CHECKPOINTS, phase_folder
 from loop.trainers.memory import RunMemory
 from loop.trainers.planned_run import Trained, single_precision
@@ -53,9 +52,9 @@ class Data:
         return len(self.rows) + len(self.units)
 
     def heaviest(self, spec: TrainSpec) -> Workload:
-        """Of all steps, on one card."""
+        """Of all steps."""
         rows, preferences = ([_size(row) for row in some] for some in (self.rows, self._unit_rows()))
-        return heaviest_step(spec.method, rows, preferences, rows_a_card(spec))
+        return heaviest_step(spec, rows, preferences)
 
     def _unit_rows(self) -> list[Example]:
         return [row for unit in self.units for row in unit.rows]

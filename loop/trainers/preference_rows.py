@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from labeling.settings import Strict
 from loop.digests import write_jsonl
 from loop.methods import Method
-from loop.trainers.rows import Draws, Example, plan_batches, tokenise
+from loop.trainers.rows import Draws, Example, plan_batches, rows_drawn, tokenise
 from loop.trainers.spec import PAIRS_FILE, THUMBS_FILE, Answered, Message, Row, ScheduleSpec, read_lines
 
 
@@ -156,6 +156,21 @@ def plan_units(
     plan = plan_batches(lengths, halved_schedule, seed, flags)
     first = len(units)
     return [([n for n in batch if n < first], [n - first for n in batch if n >= first]) for batch in plan]
+
+
+def most_of_each(units: int, replay: int, schedule: ScheduleSpec) -> tuple[int, int]:
+    """Units and replay rows that a step of `plan_units` has at the most, of so many in all."""
+    draws = PreferenceDraws.of(schedule)
+    of_units, of_replay = rows_drawn(draws, units, replay=replay > 0)
+    return _most(of_units, of_replay, draws.batch_size), _most(of_replay, of_units, draws.batch_size)
+
+
+def _most(own: int, others: int, places: int) -> int:
+    """Both kinds are spread evenly: n of one have at least ceil((n - 1) x others / own) - 1 of the other in between."""
+    most = min(own, places)
+    while most > 1 and most + -(-(most - 1) * others // own) - 1 > places:
+        most -= 1
+    return most
 
 
 def kto_weights(units: Sequence[Unit]) -> tuple[float, float]:

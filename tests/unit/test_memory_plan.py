@@ -257,32 +257,44 @@ def test_a_run_is_planned_from_its_rows_and_its_budget(tmp_path: Path) -> None:
     assert {plan.checkpointing for plan in plans_of(given_budget, "unsloth", card, long)} == {"offload"}
 
 
-def test_a_step_of_preferences_is_planned_by_its_pairs() -> None:
-    """Of eight places four are pairs of two rows, or thumbs of one; replay rows go through apart; pairs stay whole."""
+def test_a_step_of_preferences_is_planned_by_its_pairs(tmp_path: Path) -> None:
+    """Of eight places four are pairs of two rows, or thumbs of one: at most three beside replay rows, which go through
+    apart; pairs stay whole."""
+
+    def heaviest(method: str, replay: list[RowSize], preferences: list[RowSize]) -> Workload:
+        spec = _spec(tmp_path, method=method, schedule={"batch_size": 8, "replay_share": 0.4})
+        return heaviest_step(spec, replay, preferences)
+
     pairs = [RowSize(100 + number, 20 + number, replay=False) for number in range(12)]
     replay = [RowSize(60, 24, replay=True)] * 9
-    dpo = heaviest_step("dpo", replay, pairs, 8)
-    assert (dpo.tokens, dpo.length, dpo.together, dpo.least) == (8 * 111, 111, 2, 222)
-    assert (dpo.scored, dpo.replay_scored, dpo.ahead) == (sum(range(24, 32)), 4 * 24, 1)
-    kto = heaviest_step("kto", replay, pairs, 8)
-    assert (kto.tokens, kto.together) == (4 * 111, 1)
-    few = heaviest_step("orpo", [], pairs[:2], 8)
+    dpo = heaviest("dpo", replay, pairs)
+    assert (dpo.tokens, dpo.length, dpo.together, dpo.least) == (6 * 111, 111, 2, 222)
+    assert (dpo.scored, dpo.replay_scored, dpo.ahead) == (sum(range(26, 32)), 2 * 24, 1)
+    kto = heaviest("kto", replay, pairs)
+    assert (kto.tokens, kto.together) == (3 * 111, 1)
+    assert heaviest("orpo", [], pairs).tokens == 8 * 111
+    few = heaviest("orpo", [], pairs[:2])
     assert (few.tokens, few.replay_scored) == (2 * 101, 0)
-    long_replay = heaviest_step("dpo", [RowSize(900, 700, replay=True)] * 9, pairs, 8)
-    assert (long_replay.tokens, long_replay.scored, long_replay.least) == (4 * 900, 4 * 700, 1800)
+    long_replay = heaviest("dpo", [RowSize(900, 700, replay=True)] * 9, pairs)
+    assert (long_replay.tokens, long_replay.scored, long_replay.least) == (2 * 900, 2 * 700, 1800)
     assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, most=1)} == {222}
 
 
-def test_answers_that_are_shown_first_count_too() -> None:
+def test_answers_that_are_shown_first_count_too(tmp_path: Path) -> None:
     """Of two phases the worse, whichever it is: sft's rows where they are longer, the pairs' two that stay together."""
+
+    def heaviest(method: str, rows: list[RowSize]) -> Workload:
+        spec = _spec(tmp_path, method=method, schedule={"batch_size": 8, "replay_share": 0.0})
+        return heaviest_step(spec, rows, units)
+
     rows = [RowSize(300, 30, replay=False), *[RowSize(60, 24, replay=True)] * 9]
     units = [RowSize(100, 40, replay=False)] * 12
-    both = heaviest_step("sft+dpo", rows, units, 8)
+    both = heaviest("sft+dpo", rows)
     assert (both.tokens, both.length, both.least) == (8 * 300, 300, 600)
     assert (both.scored, both.ahead) == (8 * 40, 32)
-    assert heaviest_step("kto", rows, units, 8).tokens == 8 * 300
-    assert heaviest_step("kto", rows[1:], units, 8).tokens == 4 * 100
-    assert heaviest_step("dpo", rows, units, 8).tokens == 8 * 100, "corrections are not shown by dpo"
+    assert heaviest("kto", rows).tokens == 8 * 300
+    assert heaviest("kto", rows[1:]).tokens == 4 * 100
+    assert heaviest("dpo", rows).tokens == 8 * 100, "corrections are not shown by dpo"
 
 
 def test_rows_are_measured_before_the_trainer_reads_them(tmp_path: Path) -> None:

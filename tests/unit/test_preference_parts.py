@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loop.trainers.preference_parts import Objective, PreferenceParts, Preferences, Step
-from loop.trainers.preference_rows import Unit
+from loop.trainers.preference_rows import Unit, most_of_each, plan_units
 from loop.trainers.rows import Example
+from loop.trainers.spec import ScheduleSpec
 
 
 def _row(tokens: int, answer: int, *, replay: bool = False) -> Example:
@@ -76,3 +79,25 @@ def test_the_heaviest_part_counts_both_rows_of_a_pair_and_padding() -> None:
     assert _parts("dpo", None).heaviest([([2], [0, 1])]) == ([], [0, 1])
     assert _parts("kto", None).heaviest(plan) == ([], [0, 1])
     assert _parts("kto", 6).heaviest(plan) == ([0], [])
+
+
+@given(
+    units=st.integers(1, 60),
+    replay=st.integers(0, 60),
+    share=st.floats(0, 0.9),
+    batch_size=st.integers(1, 33),
+    epochs=st.floats(0.5, 4),
+    least=st.integers(1, 40),
+)
+def test_no_step_has_more_than_was_said_beforehand(
+    units: int, replay: int, share: float, batch_size: int, epochs: float, least: int
+) -> None:
+    """Neither units nor replay rows; and no more than one too many is said, in a plan of many steps."""
+    schedule = ScheduleSpec(batch_size=batch_size, replay_share=share, epochs=epochs, min_steps=least)
+    plan = plan_units([PAIRS[0]] * units, [REPLAY[0]] * replay, schedule, seed=0)
+    said = most_of_each(units, replay, schedule)
+    for number, most in enumerate(said):
+        found = max(len(step[number]) for step in plan)
+        assert found <= most
+        if len(plan) > 20:
+            assert most <= found + 1
