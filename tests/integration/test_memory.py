@@ -204,15 +204,16 @@ async def test_preferences_take_the_memory_that_was_planned(method: str, base_di
 
 
 async def test_a_near_miss_of_preferences_goes_down_to_a_pair(base_dir: Path, tmp_path: Path) -> None:
-    """Both phases train with what the first one was lowered to."""
-    _preferences(
-        tmp_path, base_dir, "sft+dpo", memory={"plans": (_plan(budget_bytes=GIB // 4, micro_tokens=ROWS * 620),)}
-    )
+    """Both phases train with what the first one was lowered to, and take the memory of it."""
+    schedule = {"max_steps": 2, "batch_size": ROWS, "epochs": 100, "save_steps": 1, "replay_share": 0.0}
+    memory = {"plans": (_plan(budget_bytes=GIB // 4, micro_tokens=ROWS * 620),)}
+    _preferences(tmp_path, base_dir, "sft+dpo", schedule=schedule, memory=memory)
     result, fell_back = await _train(tmp_path)
     assert result.memory is not None
     assert fell_back == []
     assert {attempt.outcome for attempt in result.memory.attempts} == {"near_miss"}
     assert 620 <= result.memory.plan.micro_tokens < 2 * 2 * 620
+    assert result.memory.measured_bytes < 0.88 * (result.memory.attempts[0].measured_bytes or 0)
     assert result.steps == 4
 
 
