@@ -39,6 +39,12 @@ GIVEN = {
     # A thread that waits for its fellow gives up the core soon: beside a busy engine, a spinning one stops both.
     "GOMP_SPINCOUNT": "10000",
 }
+CACHES = {
+    "HF_HOME": "huggingface",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth",
+}
 
 OnProgress = Callable[[dict[str, Any]], None]
 OnStart = Callable[["ChildControl"], None]
@@ -84,6 +90,11 @@ class ChildControl:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.group, signal.SIGUSR1)
         self.go_on()
+
+
+def trainer_caches(data_dir: Path) -> dict[str, str]:
+    """Variables that put what a trainer compiles and caches in one place, kept over nights: compiling takes minutes."""
+    return {name: str(data_dir / "cache" / "trainer" / folder) for name, folder in CACHES.items()}
 
 
 def _nothing(control: ChildControl) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labeling.errors import NightschoolError, Unavailable
-from loop.executors import ChildControl, ChildFailed
-from loop.preflight.caches import trainer_caches
+from loop.executors import ChildControl, ChildFailed, trainer_caches
 from loop.stage import StageContext
 from loop.trainers.checkpoints import forget_after
 from loop.trainers.spec import TrainSpec, write_spec
