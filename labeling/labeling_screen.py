@@ -174,10 +174,12 @@ def _text(name: str, text: str) -> dict[str, Any]:
 
 
 def _why(item: ReviewItem, comments: Sequence[str], users: int) -> str:
-    flags = "Flagged once" if item.count <= 1 else f"Flagged {item.count} times"
-    flags += f" by {users} users" if users > 1 else ""
+    """Of a pair, the count is of flags and comparisons together."""
+    reports = "Flagged" if item.other_answer is None else "Reported"
+    reports += " once" if item.count <= 1 else f" {item.count} times"
+    reports += f" by {users} users" if users > 1 else ""
     reasons = f": {', '.join(item.reasons)}" if item.reasons else ""
-    lines = [f"{flags}{reasons}."]
+    lines = [f"{reports}{reasons}."]
     if item.other_answer is not None:
         lines.append("A user preferred one of two answers; say which is better.")
     elif item.prefilled:

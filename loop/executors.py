@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from labeling.errors import NightschoolError
-from loop.process_tree import descendants
+from loop.process_tree import PROC, descendants
 
 MAX_LINE_BYTES = 1 << 20
 SECONDS_TO_END = 5.0
@@ -38,6 +38,12 @@ GIVEN = {
     "PYTHONUNBUFFERED": "1",
     # A thread that waits for its fellow gives up the core soon: beside a busy engine, a spinning one stops both.
     "GOMP_SPINCOUNT": "10000",
+}
+CACHES = {
+    "HF_HOME": "huggingface",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth",
 }
 
 OnProgress = Callable[[dict[str, Any]], None]
@@ -78,12 +84,23 @@ class ChildControl:
     def go_on(self) -> None:
         _signal_tree(self.group, signal.SIGCONT)
 
-    def park(self) -> None:
+    def park(self) -> bool:
         """A trainer writes a checkpoint after its step, and ends as `parked`. Told to it alone, which tells its ranks:
-        compilers that it has started know no such signal, and would die of it."""
+        compilers that it has started know no such signal, and would die of it.
+
+        False: it does not listen, having hardly begun, or ended; the signal, which would have killed it, was not sent.
+        """
+        if not _catches(self.group, signal.SIGUSR1):
+            return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.group, signal.SIGUSR1)
         self.go_on()
+        return True
+
+
+def trainer_caches(data_dir: Path) -> dict[str, str]:
+    """Variables that put what a trainer compiles and caches in one place, kept over nights: compiling takes minutes."""
+    return {name: str(data_dir / "cache" / "trainer" / folder) for name, folder in CACHES.items()}
 
 
 def _nothing(control: ChildControl) -> None:
@@ -182,6 +199,15 @@ async def _end(child: asyncio.subprocess.Process) -> None:
             await asyncio.wait_for(child.wait(), SECONDS_TO_END)
     (_signal_tree if child.returncode is None else _signal)(child.pid, signal.SIGKILL)
     await child.wait()
+
+
+def _catches(process: int, number: signal.Signals) -> bool:
+    try:
+        status = (PROC / str(process) / "status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from loop.executors import GIVEN, INHERITED, trainer_caches
 from loop.trainers.rows import plan_batches, tokenise
 from loop.trainers.spec import TrainSpec, read_result, read_rows, write_spec
 
@@ -45,7 +46,7 @@ def train(folder: Path, base: Path, backend: str, seconds: float, script: str = 
     with (folder / "trainer.log").open("w") as log:
         child = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=log, timeout=seconds, check=False, text=True,
-            env=os.environ | {"BACKEND": backend},
+            env=_environment(folder.parent) | {"BACKEND": backend},
         )  # fmt: skip
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     result = read_result(folder)
@@ -68,6 +69,12 @@ def train(folder: Path, base: Path, backend: str, seconds: float, script: str = 
         losses=tuple(line["loss"] for line in steps),
         result=result.model_dump(include=TOLD) | {"wall_s": wall},
     )
+
+
+def _environment(data_dir: Path) -> dict[str, str]:
+    """A night's for its trainer. A PYTHONDONTWRITEBYTECODE of ours, say, would cost each start ten seconds more."""
+    inherited = {name: os.environ[name] for name in (*INHERITED, "PYTHONPATH") if name in os.environ}
+    return inherited | GIVEN | trainer_caches(data_dir)
 
 
 def _plan(spec: TrainSpec) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Caches that grow night after night until a disk is full: how large they are, and which may go.
 
-The trainer's own lie in the data folder (`trainer_caches`); others are those of engines and of people who work here.
+The trainer's own lie in the data folder (`executors.trainer_caches`); others are those of engines and people.
 """
 
 from __future__ import annotations
@@ -15,19 +15,8 @@ from pathlib import Path
 from loop.preflight.finding import Finding
 from loop.preflight.look import Look
 
-OURS = {
-    "HF_HOME": "huggingface",
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "UNSLOTH_COMPILE_LOCATION": "unsloth",
-}
 SECONDS_TO_WALK = 3.0
 WORTH_TELLING = 100_000_000
-
-
-def trainer_caches(data_dir: Path) -> dict[str, str]:
-    """Variables that put what a trainer compiles and caches in one place, kept over nights: compiling takes minutes."""
-    return {name: str(data_dir / "cache" / "trainer" / folder) for name, folder in OURS.items()}
 
 
 async def caches(look: Look) -> list[Finding]:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlmodel import col, select
 
 from labeling.errors import NightschoolError, Unavailable
-from loop.preflight.caches import trainer_caches
+from loop.executors import trainer_caches
 from loop.preflight.child_results import Audit, DeviceFacts, Smoke, audit_path, smoke_path
 from loop.preflight.finding import Finding, PreflightFailed
 from loop.preflight.look import Look

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labeling.errors import NightschoolError, Unavailable
-from loop.executors import ChildControl, ChildFailed
-from loop.preflight.caches import trainer_caches
+from loop.executors import ChildControl, ChildFailed, trainer_caches
 from loop.stage import StageContext
 from loop.trainers.checkpoints import forget_after
 from loop.trainers.spec import TrainSpec, write_spec
@@ -288,9 +287,9 @@ class Supervisor:
         if self._attempt is None or self._attempt.done() or self._control is None:
             return
         self._parking = True
-        self._control.park()
-        await asyncio.wait({self._attempt}, timeout=PARK_SECONDS)
-        self._attempt.cancel()
+        if self._control.park():
+            await asyncio.wait({self._attempt}, timeout=PARK_SECONDS)
+        self._attempt.cancel()  # one that has hardly begun has nothing to write first
 
     def _too_long(self) -> TookTooLong:
         hours = self.context.project.trainer.hours_allowed

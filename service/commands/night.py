@@ -16,6 +16,7 @@ from labeling.errors import InvalidInput, NightschoolError, NotFound
 from service import installation, logging
 from service.commands.local_api import Api, chosen_project, in_path, open_api, with_api
 from service.commands.watch import nights_of
+from service.commands.watch_screen import plain
 from service.commands.whole_tables import WholeMarkdown
 from service.data_dir import DataDirLock
 from service.settings import Settings, load
@@ -92,8 +93,7 @@ async def _watch(api: Api, night_id: str) -> dict[str, Any]:
                 if stage["stage"] not in seen:
                     seen.add(stage["stage"])
                     console.print(f"  {stage['stage']} {stage['seconds']:.1f} s")
-            live = night["live"] or {}
-            status.update(escape(" ".join(f"{key} {value}" for key, value in live.items()) or night["state"]))
+            status.update(escape(plain(night)))
     return night
 
 

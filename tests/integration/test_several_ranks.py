@@ -186,21 +186,13 @@ async def test_parked_paused_and_ended_as_one(tiny_dir: Path, tmp_path: Path) ->
     assert all([await _gone(process, within_seconds=1) for process in below])
 
 
-def _catches(process: int, number: signal.Signals) -> bool:
-    """Whether the program has begun to listen: before, a signal would only end it."""
-    status = Path(f"/proc/{process}/status").read_text()
-    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(mask, 16) >> (number - 1) & 1)
-
-
 async def test_parking_reaches_ranks_that_are_not_there_yet(tiny_dir: Path, tmp_path: Path) -> None:
     """Told while the launcher starts: the ranks hear of it after their first step."""
     prepare(tmp_path, tiny_dir, 2, schedule=LONG)
     controls: list[ChildControl] = []
     task = asyncio.create_task(train(tmp_path, on_start=controls.append))
-    while not controls or not _catches(controls[0].group, signal.SIGUSR1):
+    while not controls or not controls[0].park():
         await asyncio.sleep(0.01)
-    controls[0].park()
     with pytest.raises(ChildFailed, match="give the machine back") as parked:
         await asyncio.wait_for(task, 400)
     assert parked.value.child_code == "parked"

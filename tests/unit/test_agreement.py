@@ -290,6 +290,10 @@ def test_entries_of_one_box_are_one_text() -> None:
             {"count": 7, "reasons": ["wrong", "old"], "served": "bot@v3"},
             "Flagged 7 times: wrong, old. Answered by bot@v3.",
         ),
+        (
+            {"count": 1, "other_answer": "b"},
+            "Reported once. A user preferred one of two answers; say which is better.",
+        ),
     ],
 )
 def test_the_labeller_reads_why_it_was_flagged(item: dict[str, Any], why: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from loop import machine_memory
+from loop.executors import trainer_caches
 from loop.plain_lora import expected_shapes, parameters
-from loop.preflight.caches import known_caches, measure, trainer_caches
+from loop.preflight.caches import known_caches, measure
 from loop.preflight.machine import SPARE_BYTES, worst_case_bytes, write_speed
 from loop.settings import LINEAR_LAYERS
 from loop.trainers.spec import LoraSpec, TrainSpec, run_digest
