@@ -269,12 +269,10 @@ async def test_a_nan_in_the_middle_rolls_back_and_then_gives_up(tiny_dir: Path, 
     assert watched.usage.roll_backs == 2
 
 
-async def test_a_run_that_is_short_of_time_ends_with_an_adapter(
-    tiny_dir: Path, finetuning: dict[str, Any], tmp_path: Path
-) -> None:
+async def test_a_run_that_is_short_of_time_ends_with_an_adapter(tiny_dir: Path, tmp_path: Path) -> None:
     """Steps for hours, a minute allowed: the rate comes down, the adapter is there, and the result says why so few."""
     settings = {**SURE, "max_steps": 100_000, "epochs": 1000, "save_steps": 100_000, "hours_allowed": 60 / 3600}
-    watched = Watched(tmp_path, tiny_dir, settings, limits={"save_minutes": 0.05}, method=finetuning)
+    watched = Watched(tmp_path, tiny_dir, settings, limits={"save_minutes": 0.05})
     result = await watched.train()
     assert result is not None
     assert result.time_limited
