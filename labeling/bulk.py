@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -46,10 +47,10 @@ class BulkInsert:
         if not rows:
             return []
         places = self.places(rows[0], connection.dialect)
-        values = list(self.values(sorted(rows, key=self._key), places))
+        ordered = sorted(rows, key=self._key)
         found: list[tuple[Any, ...]] = []
         statements = self._unnested if connection.dialect.name == "postgresql" else self._listed
-        for statement, parameters in statements(values, places):
+        for statement, parameters in statements(ordered, places):
             result = connection.exec_driver_sql(statement, parameters)
             found += map(tuple, result.all()) if self._returning else ()
         return found
@@ -64,31 +65,49 @@ class BulkInsert:
 
     def values(self, rows: Sequence[object], places: Sequence[_Place]) -> Iterator[tuple[Any, ...]]:
         """As the driver takes them."""
-        columns = [(place.name, place.bind) for place in places]
-        for row in rows:
-            held = {**self._defaults, **vars(row)}
-            yield tuple(bind(held[name]) if bind else held[name] for name, bind in columns)
+        columns = [self._column(rows, place) for place in places]
+        return zip(*(held if several else repeat(held, len(rows)) for several, held in columns), strict=True)
+
+    def _column(self, rows: Sequence[object], place: _Place) -> tuple[bool, Any]:
+        """Whether its values differ; all of them, or the one."""
+        if place.name in vars(rows[0]):
+            held = list(map(attrgetter(place.name), rows))
+            if held.count(None) == len(held):
+                held = [None]
+        else:
+            held = [self._defaults[place.name]]
+        if place.bind is not None:  # before they are compared: to Python, 1, 1.0 and True in a JSON are the same
+            held = list(map(place.bind, held))
+        alike = held.count(held[0]) == len(held)
+        return (False, held[0]) if alike else (True, held)
 
     def statement(self, places: Sequence[_Place], source: str) -> str:
         names = ", ".join(f'"{place.name}"' for place in places)
         return f'INSERT INTO "{self.table.name}" ({names}) {source} ON CONFLICT DO NOTHING{self._returning}'
 
-    def _listed(self, values: list[tuple[Any, ...]], places: Sequence[_Place]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def _listed(self, rows: list[object], places: Sequence[_Place]) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """One statement for all: between two, the thread would wait for the interpreter's lock."""
         one = f"({', '.join('?' * len(places))})"
         step = MOST_PARAMETERS // len(places)
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
             statement = self.statement(places, f"VALUES {', '.join([one] * len(part))}")
-            yield statement, tuple(item for row in part for item in row)
+            yield statement, tuple(chain.from_iterable(self.values(part, places)))
 
-    def _unnested(
-        self, values: list[tuple[Any, ...]], places: Sequence[_Place]
-    ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        arrays = ", ".join(f"${number}::{place.kind}[]" for number, place in enumerate(places, 1))
-        statement = self.statement(places, f"SELECT * FROM unnest({arrays})")  # noqa: S608 - names of our own table
-        for start in range(0, len(values), ROWS_AT_ONCE):
-            yield statement, tuple(map(list, zip(*values[start : start + ROWS_AT_ONCE], strict=True)))
+    def _unnested(self, rows: list[object], places: Sequence[_Place]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """What all rows have in common is sent once: the driver looks at each item of an array for a long time."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = rows[start : start + ROWS_AT_ONCE]
+            columns = [self._column(part, place) for place in places]
+            numbered = list(enumerate(zip(places, columns, strict=True), 1))
+            several = [(number, place) for number, (place, (differ, _)) in numbered if differ]
+            arrays = ", ".join(f"${number}::{place.kind}[]" for number, place in several)
+            names = ", ".join(f'"{place.name}"' for _, place in several)
+            chosen = ", ".join(
+                f'"{place.name}"' if differ else f"${number}::{place.kind}" for number, (place, (differ, _)) in numbered
+            )
+            source = f"SELECT {chosen} FROM unnest({arrays}) AS given({names})" if several else f"SELECT {chosen}"  # noqa: S608 - names of our own table
+            yield self.statement(places, source), tuple(held for _, held in columns)
 
 
 def _place(column: Column[Any], dialect: Dialect) -> _Place:

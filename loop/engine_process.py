@@ -28,6 +28,8 @@ def engine_command(
         command += ["--chat-template", str(chat_template.resolve())]
     if settings.device == "cpu":
         command += _for_cpu(settings)
+    if settings.sleep_mode:
+        command.append("--enable-sleep-mode")
     return [*command, *settings.extra_args]
 
 
@@ -53,6 +55,8 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     }
     if settings.api_key is not None:
         environment["VLLM_API_KEY"] = settings.api_key.get_secret_value()
+    if settings.sleep_mode:
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # without it, sleep mode has no HTTP endpoints
     if settings.device == "cpu":
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),

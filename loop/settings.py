@@ -49,6 +49,9 @@ class EngineSettings(Strict):
     max_lora_rank: int = Field(16, ge=1, le=512)
     kv_cache_gib: int = Field(1, ge=1, le=1024, description="CPU engines only")
     threads: int = Field(2, ge=1, le=256, description="CPU engines only")
+    sleep_mode: bool = Field(
+        False, description="Managed CUDA engines: vLLM's, for trainer.truce.sleep; opens its development endpoints"
+    )
     extra_args: tuple[str, ...] = ()
     start_timeout_seconds: float = Field(300.0, gt=0, le=3600)
     examination: str = Field(
@@ -59,6 +62,8 @@ class EngineSettings(Strict):
     def _one_of(self) -> EngineSettings:
         if self.managed and self.replicas:
             raise ValueError("managed = true and replicas exclude each other: keep one")
+        if self.sleep_mode and self.device != "cuda":
+            raise ValueError('sleep_mode needs device = "cuda": vLLM on a CPU has no sleep mode')
         return self
 
 

@@ -118,7 +118,8 @@ class Replica:
         if response.status_code in {404, 405}:
             raise RequestRefused(
                 f"vLLM at {self.url} has no sleep mode",
-                hint="Start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, its port private.",
+                hint="Start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, its port private; "
+                "a managed one: vllm.sleep_mode = true.",
             )
         if response.status_code != 200:
             self._fail(response, "sleep")

@@ -11,17 +11,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import structlog
 
 from labeling.database import now
 from labeling.errors import NightschoolError
-from loop.stage import StageContext
 from loop.vllm import Replica
 from loop.watch.latency import Latency, NoSuchMetric
 from loop.watch.settings import TruceSettings
+
+if TYPE_CHECKING:
+    from loop.stage import StageContext
 
 log = structlog.get_logger()
 BREAKS = 2  # looks in a row; one slow request is no broken objective

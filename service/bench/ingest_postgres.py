@@ -96,7 +96,7 @@ async def _batches(url: str, say: Say) -> Figure:
 
 async def _singles(connection: asyncpg.Connection, database: Database) -> float:
     bulk = BulkInsert(Feedback)
-    made = [_row() for _ in range(20_000)]
+    made = [_row(number) for number in range(20_000)]
     places = bulk.places(made[0], database.engine.dialect)
     numbered = ", ".join(f"${number}" for number in range(1, len(places) + 1))
     insert = await connection.prepare(bulk.statement(places, f"VALUES ({numbered})"))
@@ -112,21 +112,22 @@ async def _singles(connection: asyncpg.Connection, database: Database) -> float:
 
 async def _batch(database: Database) -> float:
     insert = BulkInsert(Feedback)
-    batches = [[_row() for _ in range(BATCH)] for _ in range(BATCHES)]
+    batches = [[_row(number) for number in range(BATCH)] for _ in range(BATCHES)]
     started = time.perf_counter()
     for batch in batches:
         await database.transact(partial(insert, rows=batch))
     return BATCH * BATCHES / (time.perf_counter() - started)
 
 
-def _row() -> NewFeedback:
+def _row(number: int) -> NewFeedback:
+    """Each with a comment of its own, of about a kilobyte."""
     return NewFeedback(
         project=PROJECT,
         kind=FeedbackKind.FLAG,
-        completion_id="chatcmpl-0",
+        completion_id=f"chatcmpl-{number}",
         reasons=["wrong_fact"],
-        tags={"app": "shop"},
-        comment="We close at six. " * 50,
+        tags={"app": "shop", "shelf": str(number)},
+        comment=f"We close at six, not at {number}. " * 30,
         key_id="bench",
     )
 
@@ -182,7 +183,7 @@ async def _child(url: str, number: int) -> None:
 
 
 def _submission(name: str) -> Submission:
-    row = _row()
+    row = _row(0)
     row.key_id = "shared"
     return Submission([row], Once("shared", name, "digest"))
 

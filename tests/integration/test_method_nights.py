@@ -12,6 +12,7 @@ from tests.up import installed
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2700)  # three nights; on a busy machine the waits below may be used up
 async def test_a_night_of_two_steps_and_one_on_top_of_it(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:

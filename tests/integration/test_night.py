@@ -76,6 +76,7 @@ async def ask(up: Up, question: str) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 async def test_a_night_killed_in_each_stage_finishes_once(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any
 ) -> None:
@@ -176,6 +177,7 @@ async def test_too_few_labels_skip_the_night_and_say_how_many(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 async def test_a_night_over_serve_and_work_apart(
     tmp_path: Path, vllm_server: Any, label_studio: Any, mlflow_server: Any, postgres_database: str
 ) -> None:

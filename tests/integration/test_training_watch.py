@@ -137,6 +137,12 @@ class Watched:
         return [{"kind": detail["alarm"], **detail} for detail in raised]
 
 
+@pytest.fixture(params=["lora", "full"])
+def finetuning(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What is trained: of the spec. A layer's own weights move further than a small adapter does at the same rate."""
+    return {"finetuning_type": request.param}
+
+
 def recording(folder: Path, **values: Any) -> RecordedSensors:
     """The same reading for as long as anybody asks."""
     path = folder / "readings.jsonl"
@@ -150,7 +156,9 @@ def trainer_of(process: int) -> int:
     return found[0]
 
 
-async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(sure_dir: Path, tmp_path: Path) -> None:
+async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(
+    sure_dir: Path, finetuning: dict[str, Any], tmp_path: Path
+) -> None:
     """Eleven rows alike are learnt at once; the twelfth is another text: its loss is the spike of the second pass.
 
     The run goes on from the last checkpoint before the spike, the later one is gone, the rate is halved, and result,
@@ -164,7 +172,7 @@ async def test_a_spike_rolls_back_to_the_checkpoint_before_it_at_half_the_rate(s
     }
     slower = {"learning_rate": 5e-3, "epochs": 4, "max_steps": 30}
     rows = [*(row(number, "Tampere") for number in range(11)), row(11, "zxq vrk wpl jjy qqf bnm tzz")]
-    watched = Watched(tmp_path, sure_dir, {"alarms": alarms, **SURE, **slower}, rows=rows)
+    watched = Watched(tmp_path, sure_dir, {"alarms": alarms, **SURE, **slower}, rows=rows, method=finetuning)
     result = await watched.train()
     assert result is not None
     (alarm,) = watched.alarms
@@ -308,20 +316,22 @@ async def test_checkpoints_come_by_the_clock_and_the_old_ones_go(tiny_dir: Path,
     assert kept <= 3, "two, and the one that is being written"
 
 
-async def test_parked_it_writes_a_checkpoint_and_goes_on_from_there(tiny_dir: Path, tmp_path: Path) -> None:
+async def test_parked_it_writes_a_checkpoint_and_goes_on_from_there(
+    tiny_dir: Path, finetuning: dict[str, Any], tmp_path: Path
+) -> None:
     """SIGUSR1, as a truce sends it: the step that runs is kept, and the next start goes on after it."""
 
     def park(line: dict[str, Any]) -> None:
         if line["step"] == 5:
             os.kill(trainer_of(os.getpid()), signal.SIGUSR1)
 
-    watched = Watched(tmp_path, tiny_dir, {**SURE, "save_steps": 1000})
+    watched = Watched(tmp_path, tiny_dir, {**SURE, "save_steps": 1000}, method=finetuning)
     watched.on_step = park
     with pytest.raises(ChildFailed, match="give the machine back") as parked:
         await watched.train()
     assert parked.value.child_code == "parked"
     last = watched.steps[-1]["step"]
-    again = Watched(tmp_path, tiny_dir, {**SURE, "save_steps": 1000})
+    again = Watched(tmp_path, tiny_dir, {**SURE, "save_steps": 1000}, method=finetuning)
     result = await again.train()
     assert result is not None
     assert again.steps[0]["step"] == last + 1

@@ -315,3 +315,22 @@ async def test_rows_are_inserted_in_the_order_of_their_keys(database: Database) 
     flat = [value for given in seen[0] for value in (given if isinstance(given, list) else [given])]
     assert [value for value in flat if str(value).startswith("fb_")] == ["fb_1", "fb_2", "fb_3"]
     assert await count(database, Feedback) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param([1, True, 1], id="alike to Python, not in JSON"),
+        pytest.param([True, True, True], id="all the same"),
+        pytest.param([None, None, None], id="none at all"),
+        pytest.param([None, {"stars": 4}, [0]], id="of every kind"),
+        pytest.param([0], id="one row"),
+    ],
+)
+async def test_each_row_keeps_its_own_value(values: list[Any], database: Database) -> None:
+    """What rows have in common may be sent once, and only that."""
+    given = [NewFeedback(PROJECT, FeedbackKind.RATING, value=value, comment="same") for value in values]
+    await database.transact(lambda connection: BulkInsert(Feedback)(connection, given))
+    stored = {row.id: row for row in await rows(database, Feedback)}
+    assert [json.dumps(stored[row.id].value) for row in given] == [json.dumps(value) for value in values]
+    assert {(row.comment, row.created_at) for row in stored.values()} == {("same", row.created_at) for row in given}

@@ -6,12 +6,15 @@ import asyncio
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
+from loop.engine_process import engine_command, engine_environment
+from loop.settings import EngineSettings
 from loop.vllm import Replica
 from loop.watch.latency import Latency, NoSuchMetric, buckets, quantile
 from loop.watch.settings import TruceSettings
@@ -167,3 +170,15 @@ def test_a_restarted_engine_is_no_latency() -> None:
 def test_half_a_window_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TruceSettings.model_validate(wrong)
+
+
+def test_a_managed_engine_gets_sleep_mode_and_its_endpoints_only_when_told() -> None:
+    """Over HTTP vLLM has it in its development mode only, which opens more."""
+    able = EngineSettings(device="cuda", sleep_mode=True)
+    assert "--enable-sleep-mode" in engine_command(able, Path("base"), "base", 1)
+    assert engine_environment(able)["VLLM_SERVER_DEV_MODE"] == "1"
+    plain = EngineSettings(device="cuda")
+    assert "--enable-sleep-mode" not in engine_command(plain, Path("base"), "base", 1)
+    assert "VLLM_SERVER_DEV_MODE" not in engine_environment(plain)
+    with pytest.raises(ValueError, match='needs device = "cuda"'):
+        EngineSettings(sleep_mode=True)
