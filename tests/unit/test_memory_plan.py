@@ -280,6 +280,19 @@ def test_a_step_of_preferences_is_planned_by_its_pairs(tmp_path: Path) -> None:
     assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, most=1)} == {222}
 
 
+@pytest.mark.parametrize(
+    ("rows", "together", "most", "wanted"),
+    [(8, 1, None, [8, 4, 2, 1]), (3, 1, None, [3, 1]), (6, 2, None, [6, 2]), (10, 2, 8, [8, 4, 2]), (1, 1, 9, [1])],
+)
+def test_what_goes_at_once_is_whole_rows_or_pairs(
+    rows: int, together: int, most: int | None, wanted: list[int]
+) -> None:
+    """Half of three pairs is one pair: an estimate of three rows would be half too high."""
+    work = Workload(rows * 100, 100, rows * 20, together=together)
+    plans = plans_by_speed(SETUP, work, GIB, modes=["off"], most=most and most * 100)
+    assert sorted((plan.micro_tokens for plan in plans), reverse=True) == [number * 100 for number in wanted]
+
+
 def test_answers_that_are_shown_first_count_too(tmp_path: Path) -> None:
     """Of two phases the worse, whichever it is: sft's rows where they are longer, the pairs' two that stay together."""
 
