@@ -76,25 +76,41 @@ async def _accepts(port: int) -> bool:
 
 
 async def _batches(url: str, say: Say) -> Figure:
-    """Rows a second each way, in turns; the single ones by a prepared statement of the driver itself."""
+    """Rows a second each way, in turns. Single rows go the batches' way, as a service without batches would send them;
+    what the bare driver makes of them, a prepared statement without a transaction around it, is told beside it."""
     database = Database(url)
     single = await asyncpg.connect(url.replace("+asyncpg", ""))
     await single.set_type_codec("json", encoder=str, decoder=str, schema="pg_catalog")
     alone: list[float] = []
+    bare: list[float] = []
     together: list[float] = []
     for number in range(ROUNDS + 1):  # the first warms up
-        alone.append(await _singles(single, database))
+        alone.append(await _singles(database))
+        bare.append(await _bare_singles(single, database))
         together.append(await _batch(database))
-        say(f"round {number}: single {alone[-1]:.0f}, batches {together[-1]:.0f} rows/s")
+        say(f"round {number}: single {alone[-1]:.0f}, by the driver {bare[-1]:.0f}, batches {together[-1]:.0f} rows/s")
     await single.close()
     await database.close()
-    ratios = [many / one for many, one in zip(together[1:], alone[1:], strict=True)]
+    ratios, to_bare = ([many / one for many, one in zip(together[1:], ones[1:], strict=True)] for ones in (alone, bare))
     seen = f"{statistics.median(together[1:]):.0f} against {statistics.median(alone[1:]):.0f} rows/s"
     spread = f"batches of {BATCH}; {min(ratios):.1f} to {max(ratios):.1f} over {ROUNDS} rounds"
-    return held(BATCHES_PAY, statistics.median(ratios), f"{seen}; {spread}")
+    driver = f"against the driver's own statement {statistics.median(to_bare):.1f}"
+    return held(BATCHES_PAY, statistics.median(ratios), f"{seen}; {spread}; {driver}")
 
 
-async def _singles(connection: asyncpg.Connection, database: Database) -> float:
+async def _singles(database: Database) -> float:
+    insert = BulkInsert(Feedback)
+    rows = [_row(number) for number in range(20_000)]
+    started, count = time.perf_counter(), 0
+    for row in rows:
+        await database.transact(partial(insert, rows=[row]))
+        count += 1
+        if time.perf_counter() - started > SINGLE_SECONDS:
+            break
+    return count / (time.perf_counter() - started)
+
+
+async def _bare_singles(connection: asyncpg.Connection, database: Database) -> float:
     bulk = BulkInsert(Feedback)
     made = [_row(number) for number in range(20_000)]
     places = bulk.places(made[0], database.engine.dialect)
