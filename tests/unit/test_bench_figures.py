@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,3 +77,26 @@ def test_without_postgresql_its_figures_are_not_measured(monkeypatch: pytest.Mon
     assert [one["figure"] for one in found] == [name for name in PROMISES["ingest"] if name.startswith("postgres")]
     assert {(one["value"], one["met"]) for one in found} == {(None, False)}
     assert all("no initdb here" in one["detail"] for one in found)
+
+
+LOGS_MEANWHILE = """
+import sys, types
+import structlog
+from service.bench.promises import held
+from service.commands import bench
+module = types.ModuleType("service.bench.talking")
+def run(say):
+    structlog.get_logger().warning("pulled", annotations=1)
+    return [held("queue_1m_vs_10k", 1.0, "seen")]
+module.run = run
+sys.modules["service.bench.talking"] = module
+bench.BENCHES["queue"] = "talking"
+bench.run("queue", as_json=True)
+"""
+
+
+def test_what_the_product_logs_meanwhile_is_not_among_the_figures() -> None:
+    """Whoever asks for JSON reads standard output to its end."""
+    ran = subprocess.run([sys.executable, "-c", LOGS_MEANWHILE], capture_output=True, text=True, check=True)
+    assert [figure["figure"] for figure in json.loads(ran.stdout)] == ["queue_1m_vs_10k"]
+    assert "pulled" in ran.stderr
