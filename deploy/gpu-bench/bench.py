@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import product  # noqa: E402 - beside this file, and after the repository is on the path
 import shapes  # noqa: E402
+from figures import rounded, tell  # noqa: E402
 
 LORA = {"rank": 16, "alpha": 16}
 
@@ -84,20 +85,11 @@ class Bench:
     def seconds_left(self) -> float:
         return max(self.until - time.monotonic(), 1)
 
-    def compare(self, name: str, value: float, bar: float) -> None:
-        self.tell(name, value=round(value, 3), bar=bar, reached=value >= bar)
-
-    def compare_at_most(self, name: str, value: float, bar: float) -> None:
-        self.tell(name, value=round(value, 3), bar=bar, reached=value <= bar)
+    def compare(self, name: str, value: float, bar: float, *, at_most: bool = False) -> None:
+        self.tell(name, value=round(value, 3), bar=bar, reached=value <= bar if at_most else value >= bar)
 
     def tell(self, bench: str, **figures: Any) -> None:
-        line = json.dumps(
-            {"bench": bench} | {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-        )
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-        with (self.out / "figures.jsonl").open("a") as file:
-            file.write(line + "\n")
+        tell(self.out / "figures.jsonl", {"bench": bench} | rounded(figures))
 
 
 Part = Iterator[Callable[[], None]]  # each is one or two runs; when time is up, the rest is left out
@@ -134,7 +126,7 @@ def qlora(b: Bench) -> Part:
     def two_rows() -> None:
         run = b.train("qlora-nf4-2-rows", "8b", [length] * (steps * 2), steps, 2, **whole)
         kept["nf4"] = run.tokens_per_s
-        b.compare_at_most("first step with warm caches, s", run.first_step_s, 30)
+        b.compare("first step with warm caches, s", run.first_step_s, 30, at_most=True)
 
     def bare() -> None:
         kept["bare"] = b.rival("bare-unsloth", "unsloth", "8b", [[length] * 2] * steps)["tokens_per_s"]

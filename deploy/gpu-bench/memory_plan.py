@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import shapes  # noqa: E402 - beside this file, and after the repository is on the path
+from figures import tell  # noqa: E402
 
 from labeling.errors import NightschoolError  # noqa: E402
 from loop.executors import LocalExecutor  # noqa: E402
@@ -100,10 +100,7 @@ class Bench:
         return self.until - time.monotonic()
 
     def tell(self, name: str, **figures: Any) -> None:
-        line = json.dumps({"bench": "memory-plan", "run": name, **figures})
-        print(line, flush=True)
-        with (self.out / "memory_plan.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        tell(self.out / "memory_plan.jsonl", {"bench": "memory-plan", "run": name, **figures})
 
     async def model(self, shape: str) -> Path:
         """Made once, in a process that gives the card's memory back."""

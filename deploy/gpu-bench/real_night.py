@@ -25,7 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from labeling.errors import NightschoolError  # noqa: E402 - after the repository is on the path
+from figures import rounded, tell  # noqa: E402 - beside this file, and after the repository is on the path
+
+from labeling.errors import NightschoolError  # noqa: E402
 from loop.adapter_files import base_digest, check, install, read_base_config  # noqa: E402
 from loop.base_answers import base_answers  # noqa: E402
 from loop.contamination import GENERAL_PROBES, clean, suite_items  # noqa: E402
@@ -62,12 +64,7 @@ class Night:
     train_seconds: float
 
     def tell(self, figure: str, **values: Any) -> None:
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
-        line = json.dumps({"bench": f"night: {figure}"} | rounded)
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-        with (self.out / "figures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        tell(self.out / "figures.jsonl", {"bench": f"night: {figure}"} | rounded(values))
 
     async def set_apart(self, company: Path) -> dict[str, list[ExamItem]]:
         """Writes train.jsonl as the delta stage does; gives the exam's families."""

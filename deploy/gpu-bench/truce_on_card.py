@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -29,12 +28,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import shapes  # noqa: E402 - beside this file, and after the repository is on the path
+from figures import rounded, tell  # noqa: E402
 
 from labeling.errors import NightschoolError  # noqa: E402
 from loop.adapter_files import base_digest  # noqa: E402
 from loop.examination_engine import own_engine  # noqa: E402
 from loop.executors import ChildControl, ChildCrashed, ChildFailed, LocalExecutor, trainer_caches  # noqa: E402
-from loop.settings import EngineSettings, ProjectSettings  # noqa: E402
+from loop.settings import LINEAR_LAYERS, EngineSettings, ProjectSettings  # noqa: E402
 from loop.trainers.spec import TrainSpec, write_spec  # noqa: E402
 from loop.vllm import Replica  # noqa: E402
 from loop.watch.sensors import open_sensors  # noqa: E402
@@ -45,7 +45,6 @@ AT_ONCE, ANSWER_TOKENS = 8, 16
 STEPS, LENGTH, ROWS = 24, 4096, 2
 PARTS = ("sleep", "interrupted", "kept")
 PROMPT = "Say in one sentence what a library lends, and to whom."
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -171,12 +170,7 @@ class Card:
         return None if used is None else used / 2**30
 
     def tell(self, figure: str, **values: Any) -> None:
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
-        line = json.dumps({"bench": f"truce: {figure}"} | rounded)
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-        with (self.given.out / "figures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        tell(self.given.out / "figures.jsonl", {"bench": f"truce: {figure}"} | rounded(values))
 
     def trainer(self, name: str, steps: int = STEPS) -> Trainer:
         folder = self.given.out / name
@@ -307,7 +301,7 @@ def random_adapter(base: Path, folder: Path) -> Path:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
-    settings = LoraConfig(r=16, lora_alpha=16, target_modules=LAYERS, init_lora_weights=False)
+    settings = LoraConfig(r=16, lora_alpha=16, target_modules=list(LINEAR_LAYERS), init_lora_weights=False)
     get_peft_model(model, settings).save_pretrained(str(folder))
     return folder
 

@@ -26,6 +26,7 @@ def script() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     monkey = pytest.MonkeyPatch()
     monkey.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up there
+    monkey.syspath_prepend(SCRIPT.parent)  # as Python does for a script
     spec.loader.exec_module(module)
     yield module
     monkey.undo()
