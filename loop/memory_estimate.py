@@ -51,6 +51,10 @@ class Workload:
         """Tokens that go through the model at once at the least."""
         return min(self.together * self.length, self.tokens)
 
+    def half(self, tokens: int) -> int:
+        """In whole rows or pairs, at least one: of three, a half is one, and takes no more memory than one."""
+        return max(-(-tokens // self.least) // 2, 1) * self.least
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -76,10 +76,8 @@ def plans_by_speed(
     if setup.device == "cpu":
         modes = [mode for mode in modes if mode != "offload"] or ["on"]  # the memory that it would offload to
     sizes = [min(batch.tokens, max(most or batch.tokens, batch.least))]
-    rows = -(-sizes[0] // batch.least)
-    while rows > 1:
-        rows //= 2  # in whole rows or pairs: of three, a half is one, and takes no more memory than one
-        sizes.append(rows * batch.least)
+    while sizes[-1] > batch.least:
+        sizes.append(batch.half(sizes[-1]))
     found = [plan_for(setup, batch, mode, size, budget) for mode in modes for size in sizes]
     return sorted(found, key=lambda plan: (-plan.tokens_per_s, plan.micro_batches, plan.estimated_bytes))
 

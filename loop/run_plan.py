@@ -91,8 +91,7 @@ def lowered(spec: TrainSpec, backend: str, machine: Machine, batch: Workload, pl
     if plan.micro_tokens <= batch.least:
         return None
     setup = setup_of(spec, backend, machine, batch.length)
-    tokens = max(plan.micro_tokens // (2 * batch.least), 1) * batch.least
-    return plan_for(setup, batch, plan.checkpointing, tokens, plan.budget_bytes)
+    return plan_for(setup, batch, plan.checkpointing, batch.half(plan.micro_tokens), plan.budget_bytes)
 
 
 def _counter(base_dir: Path) -> Callable[[str], int]:

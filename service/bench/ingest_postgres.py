@@ -13,9 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import asyncpg
 from sqlmodel import col, select
@@ -101,13 +102,7 @@ async def _batches(url: str, say: Say) -> Figure:
 async def _singles(database: Database) -> float:
     insert = BulkInsert(Feedback)
     rows = [_row(number) for number in range(20_000)]
-    started, count = time.perf_counter(), 0
-    for row in rows:
-        await database.transact(partial(insert, rows=[row]))
-        count += 1
-        if time.perf_counter() - started > SINGLE_SECONDS:
-            break
-    return count / (time.perf_counter() - started)
+    return await _rate(lambda row: database.transact(partial(insert, rows=[row])), rows)
 
 
 async def _bare_singles(connection: asyncpg.Connection, database: Database) -> float:
@@ -116,10 +111,14 @@ async def _bare_singles(connection: asyncpg.Connection, database: Database) -> f
     places = bulk.places(made[0], database.engine.dialect)
     numbered = ", ".join(f"${number}" for number in range(1, len(places) + 1))
     insert = await connection.prepare(bulk.statement(places, f"VALUES ({numbered})"))
-    rows = bulk.values(made, places)
+    return await _rate(lambda values: insert.fetch(*values), bulk.values(made, places))
+
+
+async def _rate(send: Callable[[Any], Awaitable[object]], rows: Iterable[Any]) -> float:
+    """Rows a second, one after the other, for SINGLE_SECONDS."""
     started, count = time.perf_counter(), 0
-    for values in rows:
-        await insert.fetch(*values)
+    for row in rows:
+        await send(row)
         count += 1
         if time.perf_counter() - started > SINGLE_SECONDS:
             break
