@@ -30,6 +30,15 @@ class _Place:
     bind: Bind | None
 
 
+@dataclass(frozen=True)
+class _Column:
+    """Its values in a batch, as the driver takes them: all, or, where they do not `differ`, the one."""
+
+    place: _Place
+    held: Any
+    differ: bool
+
+
 class BulkInsert:
     """Gives `returning`'s columns of the rows that were new; empty where none are asked for.
 
@@ -65,11 +74,10 @@ class BulkInsert:
 
     def values(self, rows: Sequence[object], places: Sequence[_Place]) -> Iterator[tuple[Any, ...]]:
         """As the driver takes them."""
-        columns = [self._column(rows, place) for place in places]
-        return zip(*(held if several else repeat(held, len(rows)) for several, held in columns), strict=True)
+        columns = (self._column(rows, place) for place in places)
+        return zip(*(one.held if one.differ else repeat(one.held, len(rows)) for one in columns), strict=True)
 
-    def _column(self, rows: Sequence[object], place: _Place) -> tuple[bool, Any]:
-        """Whether its values differ; all of them, or the one."""
+    def _column(self, rows: Sequence[object], place: _Place) -> _Column:
         if place.name in vars(rows[0]):
             held = list(map(attrgetter(place.name), rows))
             if held.count(None) == len(held):
@@ -78,8 +86,8 @@ class BulkInsert:
             held = [self._defaults[place.name]]
         if place.bind is not None:  # before they are compared: to Python, 1, 1.0 and True in a JSON are the same
             held = list(map(place.bind, held))
-        alike = held.count(held[0]) == len(held)
-        return (False, held[0]) if alike else (True, held)
+        differ = held.count(held[0]) < len(held)
+        return _Column(place, held if differ else held[0], differ)
 
     def statement(self, places: Sequence[_Place], source: str) -> str:
         names = ", ".join(f'"{place.name}"' for place in places)
@@ -98,16 +106,15 @@ class BulkInsert:
         """What all rows have in common is sent once: the driver looks at each item of an array for a long time."""
         for start in range(0, len(rows), ROWS_AT_ONCE):
             part = rows[start : start + ROWS_AT_ONCE]
-            columns = [self._column(part, place) for place in places]
-            numbered = list(enumerate(zip(places, columns, strict=True), 1))
-            several = [(number, place) for number, (place, (differ, _)) in numbered if differ]
-            arrays = ", ".join(f"${number}::{place.kind}[]" for number, place in several)
-            names = ", ".join(f'"{place.name}"' for _, place in several)
+            columns = list(enumerate((self._column(part, place) for place in places), 1))
+            arrays = ", ".join(f"${number}::{one.place.kind}[]" for number, one in columns if one.differ)
+            names = ", ".join(f'"{one.place.name}"' for _, one in columns if one.differ)
             chosen = ", ".join(
-                f'"{place.name}"' if differ else f"${number}::{place.kind}" for number, (place, (differ, _)) in numbered
+                f'"{one.place.name}"' if one.differ else f"${number}::{one.place.kind}" for number, one in columns
             )
-            source = f"SELECT {chosen} FROM unnest({arrays}) AS given({names})" if several else f"SELECT {chosen}"  # noqa: S608 - names of our own table
-            yield self.statement(places, source), tuple(held for _, held in columns)
+            given = f" FROM unnest({arrays}) AS given({names})" if arrays else ""
+            source = f"SELECT {chosen}{given}"
+            yield self.statement(places, source), tuple(one.held for _, one in columns)
 
 
 def _place(column: Column[Any], dialect: Dialect) -> _Place:
