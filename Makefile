@@ -105,7 +105,7 @@ axolotl: .venv-axolotl/.installed
 
 .venv-axolotl/.installed: pyproject.toml $(wildcard $(AXOLOTL)/*.txt) | $(UV)
 	@$(call environment,.venv-axolotl)
-	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-axolotl/bin/python axolotl triton sqlmodel 'sqlalchemy[asyncio]' \
+	UV_COMPILE_BYTECODE=0 $(UV) pip install --python .venv-axolotl/bin/python axolotl deepspeed triton sqlmodel 'sqlalchemy[asyncio]' \
 	  --overrides $(AXOLOTL)/overrides.txt -c $(AXOLOTL)/constraints.txt
 	$(UV) pip install --python .venv-axolotl/bin/python --no-deps -e .
 	@touch $@

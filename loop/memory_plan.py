@@ -66,19 +66,21 @@ def itemised(setup: Setup, batch: Workload, plan: Plan) -> Estimate:
     return estimate(setup, _part(batch, plan.micro_tokens), plan.checkpointing)
 
 
-def plans_by_speed(
-    setup: Setup, batch: Workload, budget: int, modes: Sequence[Checkpointing] = MODES, most: int | None = None
-) -> list[Plan]:
-    """Every mode with the whole batch, a half, a quarter … and one row or pair; the fastest first.
-
-    `most`: tokens at once.
-    """
-    if setup.device == "cpu":
-        modes = [mode for mode in modes if mode != "offload"] or ["on"]  # the memory that it would offload to
+def halves(batch: Workload, most: int | None = None) -> list[int]:
+    """Tokens at once: the whole batch or `most`, a half, a quarter … and one row or pair."""
     sizes = [min(batch.tokens, max(most or batch.tokens, batch.least))]
     while sizes[-1] > batch.least:
         sizes.append(batch.half(sizes[-1]))
-    found = [plan_for(setup, batch, mode, size, budget) for mode in modes for size in sizes]
+    return sizes
+
+
+def plans_by_speed(
+    setup: Setup, batch: Workload, budget: int, modes: Sequence[Checkpointing] = MODES, sizes: Sequence[int] = ()
+) -> list[Plan]:
+    """Every mode with every size; the fastest first. `sizes`: tokens at once; none: those of `halves`."""
+    if setup.device == "cpu":
+        modes = [mode for mode in modes if mode != "offload"] or ["on"]  # the memory that it would offload to
+    found = [plan_for(setup, batch, mode, size, budget) for mode in modes for size in sizes or halves(batch)]
     return sorted(found, key=lambda plan: (-plan.tokens_per_s, plan.micro_batches, plan.estimated_bytes))
 
 

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from loop.heaviest_step import RowSize, heaviest_step
 from loop.machine_memory import Machine
 from loop.memory_estimate import Checkpointing, Method, Setup, Workload
-from loop.memory_plan import MODES, Plan, ladder, plan_for, plans_by_speed
+from loop.memory_plan import MODES, Plan, halves, ladder, plan_for, plans_by_speed
 from loop.memory_record import gib
 from loop.model_shape import UnknownShape, read_shape
+from loop.trainers.axolotl_config import rows_at_once
 from loop.trainers.preference_rows import preference_rows
 from loop.trainers.spec import CardsSpec, Row, TrainSpec, with_sharding
 
@@ -61,6 +62,7 @@ def setup_of(spec: TrainSpec, backend: str, machine: Machine, longest: int) -> S
         rank=spec.lora.rank,
         targets=spec.lora.target_modules,
         optimizer=spec.schedule.optimizer,
+        loss="model" if backend == "axolotl" else "chunked",
         compute_bytes=machine.compute_bytes,
         device=machine.device,
         gpus=spec.cards.gpus,
@@ -83,7 +85,16 @@ def plans_of(spec: TrainSpec, backend: str, machine: Machine, batch: Workload) -
     if machine.device == "cuda" and spec.limits.memory_share is not None:
         budget = min(budget, int(spec.limits.memory_share * machine.total))
     modes: Sequence[Checkpointing] = MODES if wanted.checkpointing == "auto" else (wanted.checkpointing,)
-    return ladder(plans_by_speed(setup, batch, budget, modes, wanted.micro_tokens))
+    return ladder(plans_by_speed(setup, batch, budget, modes, _sizes(spec, backend, batch)))
+
+
+def _sizes(spec: TrainSpec, backend: str, batch: Workload) -> list[int]:
+    """Tokens at once, the most first: axolotl counts rows, and as many go at once in all of a step."""
+    most = spec.memory.micro_tokens
+    if backend != "axolotl":
+        return halves(batch, most)
+    sizes = [rows * batch.least for rows in rows_at_once(spec)]
+    return [size for size in sizes if most is None or size <= most] or sizes[-1:]
 
 
 def lowered(spec: TrainSpec, backend: str, machine: Machine, batch: Workload, plan: Plan) -> Plan | None:

@@ -20,15 +20,7 @@ from loop.projects import require_same_base
 from loop.run_plan import planned
 from loop.stage import StageContext
 from loop.start import starting_adapter
-from loop.trainers.spec import (
-    StartSpec,
-    TrainSpec,
-    read_rows,
-    render,
-    without_plan,
-    without_sharding_left_open,
-    write_spec,
-)
+from loop.trainers.spec import StartSpec, TrainSpec, read_rows, render, write_spec
 from loop.training_cures import cures
 
 Check = Callable[[Look], Awaitable[list[Finding]]]
@@ -102,10 +94,6 @@ async def _plan_memory(look: Look) -> Finding:
 
 def _memory(spec: TrainSpec, backend: str) -> tuple[TrainSpec, str]:
     """The spec with the plans for it, and the first in words."""
-    if backend == "axolotl":
-        spec = without_sharding_left_open(spec)
-        told = f"memory is not planned for the axolotl backend; checkpointing {without_plan(spec).memory.checkpointing}"
-        return spec, told
     rows, here = read_rows(spec.data_dir, may_be_none=spec.method != "sft"), this_machine(spec.cards.gpus)
     found = planned(spec, backend, rows, here)
     if found.hopeless:

@@ -11,25 +11,36 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably, write_jsonl
-from loop.trainers.axolotl_config import CONFIG, DATA, OUT, render
+from loop.memory_estimate import Workload
+from loop.trainers.axolotl_config import CONFIG, DATA, OUT, render, rows_at_once
 from loop.trainers.checkpoints import forget_incomplete, last_complete
-from loop.trainers.child import limit_memory, live, load_tokenizer, stop_ids, unfinished, versions
+from loop.trainers.child import (
+    limit_memory,
+    live,
+    load_tokenizer,
+    settled_memory,
+    stop_ids,
+    unfinished,
+    versions,
+)
 from loop.trainers.launch_config import ZERO3, zero3_config
 from loop.trainers.pace import Pace
 from loop.trainers.preference_rows import Unit, kto_weights, plan_units
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, UnfitTemplate, plan_examples, tokenise
-from loop.trainers.spec import TrainResult, TrainSpec, read_rows
+from loop.trainers.spec import TrainResult, TrainSpec, read_rows, without_plan
 from loop.trainers.team import join, team
+
+if TYPE_CHECKING:
+    from loop.trainers.memory import RunMemory
 
 IGNORED = -100  # as a label: no loss on this token
 
@@ -57,28 +68,25 @@ def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    limit_memory(spec)
     tokenizer = load_tokenizer(spec)
     folder = _folder(spec, digest)
     folder.mkdir(parents=True, exist_ok=True)
     data = _data(spec, tokenizer)
-    tokens = data.tokens
+    memory = settled_memory(spec, "axolotl", data.heaviest, digest)
+    spec = memory.settled(spec) if memory else without_plan(spec)
+    limit_memory(spec)
+    job = Job(spec, digest, folder, data, Pace(spec.schedule, len(data.tokens), spec.limits.seconds), memory)
     if team().leads:
-        write_jsonl(folder / DATA, data.rows)
-        config = render(spec, folder, steps=len(tokens), on_gpu=torch.cuda.is_available(), kto_weights=data.weights)
-        write_durably(folder / CONFIG, _yaml(config).encode())
-        if spec.cards.sharding == "zero3":
-            write_durably(folder / ZERO3, json.dumps(zero3_config(spec), indent=1).encode())
-        forget_incomplete(folder / OUT)
+        _prepare(job, on_gpu=torch.cuda.is_available())
     team().wait()
+    from loop.trainers.planned_run import peak_memory_bytes  # after axolotl: it changes what this builds upon
+
     since = time.monotonic()
-    pace = Pace(spec.schedule, len(tokens), spec.limits.seconds)
-    trainer = _train(spec, folder, channel, tokens, digest, pace)
-    team().wait()
+    trainer = _train(job, channel)
+    peak = int(team().most(peak_memory_bytes()))
     if not team().leads:
         return
-    saved = folder / OUT / "adapter_model.safetensors" if spec.cards.sharded else None
-    _write_result(spec, trainer, digest, data, time.monotonic() - since, pace, saved)
+    _write_result(job, trainer, time.monotonic() - since, peak)
     shutil.rmtree(folder / OUT, ignore_errors=True)
 
 
@@ -104,10 +112,26 @@ class Data:
     rows: list[dict[str, Any]]
     tokens: list[int]
     examples: int
+    heaviest: Workload
     weights: tuple[float, float] = (1.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Job:
+    """`spec` as the memory plan has settled it; `folder`: where this run's files lie until it has finished."""
+
+    spec: TrainSpec
+    digest: str
+    folder: Path
+    data: Data
+    pace: Pace
+    memory: RunMemory | None
+
+
 def _data(spec: TrainSpec, tokenizer: Any) -> Data:
+    from loop.trainers.phases import Data as Tokenised
+    from loop.trainers.phases import preference_units
+
     stops, longest = stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length
     if spec.method == "sft":
         examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, longest)
@@ -116,16 +140,15 @@ def _data(spec: TrainSpec, tokenizer: Any) -> Data:
         size = spec.schedule.batch_size
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         tokens = [sum(len(examples[row].tokens) for row in step) for step in steps]
-        return Data([_tokenised(examples[row]) for row in order], tokens, len(examples))
-    from loop.trainers.phases import preference_units
-
+        return Data([_tokenised(examples[n]) for n in order], tokens, len(examples), Tokenised(examples).heaviest(spec))
     if spec.method not in ("dpo", "kto") or spec.start is not None:
         raise NotByAxolotl(f"axolotl does not train {spec.method!r} here, nor on top of an adapter")
     units = preference_units(spec, tokenizer, stops)
     plan_of_units = plan_units(units, [], spec.schedule, spec.seed)
     weights = kto_weights(units) if spec.method == "kto" else (1.0, 1.0)
     tokens = [sum(units[n].tokens for n in step) for step, _ in plan_of_units]
-    return Data([_texts(unit, tokenizer) for unit in units], tokens, len(units), weights)
+    heaviest = Tokenised((), units).heaviest(spec)
+    return Data([_texts(unit, tokenizer) for unit in units], tokens, len(units), heaviest, weights)
 
 
 def _tokenised(example: Example) -> dict[str, list[int]]:
@@ -150,6 +173,27 @@ def _texts(unit: Unit, tokenizer: Any) -> dict[str, Any]:
     return {"prompt": prompt, "completion": answers[0], "label": unit.good}
 
 
+def _prepare(job: Job, *, on_gpu: bool) -> None:
+    """What axolotl reads; a checkpoint whose writing was cut off is none that it may go on from."""
+    spec, folder, data = job.spec, job.folder, job.data
+    write_jsonl(folder / DATA, data.rows)
+    config = render(
+        spec, folder, steps=len(data.tokens), on_gpu=on_gpu, at_once=_rows_at_once(job), kto_weights=data.weights
+    )
+    write_durably(folder / CONFIG, _yaml(config).encode())
+    if spec.cards.sharding == "zero3":
+        write_durably(folder / ZERO3, json.dumps(zero3_config(spec), indent=1).encode())
+    forget_incomplete(folder / OUT)
+
+
+def _rows_at_once(job: Job) -> int | None:
+    """As many as the plan's tokens hold."""
+    most, counts = job.spec.memory.micro_tokens, rows_at_once(job.spec)
+    if most is None:
+        return None
+    return next((count for count in counts if count * job.data.heaviest.least <= most), counts[-1])
+
+
 def _yaml(config: dict[str, Any]) -> str:
     import yaml
 
@@ -157,50 +201,55 @@ def _yaml(config: dict[str, Any]) -> str:
     return text
 
 
-def _train(spec: TrainSpec, folder: Path, channel: Channel, tokens: Sequence[int], digest: str, pace: Pace) -> Any:
+def _train(job: Job, channel: Channel) -> Any:
     """axolotl's own steps: configuration (its schema refuses what is wrong), data, training; its trainer at the end.
 
-    It goes on from the newest checkpoint there is: one whose writing was cut off is removed before.
+    It goes on from the newest checkpoint there is.
     """
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.train import train
+    from transformers import set_seed
 
     from loop.trainers.axolotl_plugin import Told
     from loop.trainers.governor import Governor
     from loop.trainers.planned_run import Reporter
 
-    checkpoint = last_complete(folder / OUT, digest)
+    spec, config = job.spec, job.folder / CONFIG
+    checkpoint = last_complete(job.folder / OUT, job.digest)
     rate = spec.schedule.learning_rate if spec.method == "sft" else spec.preference.learning_rate
     spec = spec.model_copy(update={"schedule": spec.schedule.model_copy(update={"learning_rate": rate})})
-    governor = Governor(pace, spec, channel, checkpoint)
-    Told.callbacks = governor, Reporter(channel, tokens, digest, governor)
+    governor = Governor(job.pace, spec, channel, checkpoint)
+    Told.callbacks = governor, Reporter(channel, job.data.tokens, job.digest, governor)
     try:
-        cfg = load_cfg(str(folder / CONFIG))
+        cfg = load_cfg(str(config))
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise NotByAxolotl(f"axolotl refuses {folder / CONFIG}: {mistakes}") from None
+        raise NotByAxolotl(f"axolotl refuses {config}: {mistakes}") from None
     load = load_preference_datasets if cfg.rl else load_datasets
-    _, _, trainer = train(cfg=cfg, dataset_meta=load(cfg=cfg, cli_args=TrainerCliArgs()))
+    data = load(cfg=cfg, cli_args=TrainerCliArgs())
+    set_seed(spec.seed)  # axolotl sets it too, but only once the adapter has its first, random weights
+    _, _, trainer = train(cfg=cfg, dataset_meta=data)
     governor.raise_if_parked(trainer.state.global_step)
     return trainer
 
 
-def _write_result(
-    spec: TrainSpec, trainer: Any, digest: str, data: Data, seconds: float, pace: Pace, saved: Path | None
-) -> None:
+def _write_result(job: Job, trainer: Any, seconds: float, peak: int) -> None:
+    """`peak`: bytes, the highest of all ranks."""
     import torch
     from safetensors.torch import load_file
 
     from loop.trainers.adapter import write_adapter
-    from loop.trainers.planned_run import LAST_STEPS, peak_memory_bytes
+    from loop.trainers.planned_run import LAST_STEPS
 
+    spec, data = job.spec, job.data
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-LAST_STEPS:]
     steps = trainer.state.global_step
-    weights = load_file(saved) if saved else None
+    # Of a model that is shared out, no rank has the weights: axolotl has gathered and saved them.
+    weights = load_file(job.folder / OUT / "adapter_model.safetensors") if spec.cards.sharded else None
     result = TrainResult(
-        run_digest=digest,
+        run_digest=job.digest,
         steps=steps,
         examples=data.examples,
         tokens=sum(data.tokens[:steps]),
@@ -208,14 +257,15 @@ def _write_result(
         final_loss=sum(losses) / len(losses),
         method=spec.method,
         planned_steps=len(data.tokens),
-        time_limited=pace.cut_short(steps),
+        time_limited=job.pace.cut_short(steps),
         rate_scale=spec.limits.rate_scale,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak,
         adapter_files=write_adapter(trainer.model, spec.out_dir / "adapter", spec.base_name, weights),
         gpus=team().size,
         sharding=spec.cards.held,
         packages=versions(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        memory=job.memory.outcome(peak) if job.memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
 

@@ -22,10 +22,16 @@ TEXTS = {
 
 
 def render(
-    spec: TrainSpec, folder: Path, *, steps: int, on_gpu: bool, kto_weights: tuple[float, float] = (1.0, 1.0)
+    spec: TrainSpec,
+    folder: Path,
+    *,
+    steps: int,
+    on_gpu: bool,
+    at_once: int | None = None,
+    kto_weights: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Any]:
-    """`folder`: where data, checkpoints and this very configuration lie."""
-    schedule = spec.schedule
+    """`folder`: where data, checkpoints and this very configuration lie. `at_once`: one of `rows_at_once`, or all."""
+    schedule, at_once = spec.schedule, at_once or rows_a_card(spec)
     return {
         "base_model": str(spec.base_dir),
         "trust_remote_code": False,
@@ -38,8 +44,8 @@ def render(
         "sequence_len": spec.lengths.max_length,
         "sample_packing": False,
         "pad_to_sequence_len": False,
-        "micro_batch_size": rows_a_card(spec),
-        "gradient_accumulation_steps": 1,
+        "micro_batch_size": at_once,
+        "gradient_accumulation_steps": rows_a_card(spec) // at_once,
         "num_epochs": 1,
         "max_steps": steps,
         "learning_rate": schedule.learning_rate if spec.method == "sft" else spec.preference.learning_rate,
@@ -59,7 +65,7 @@ def render(
         "fp16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
+        **_checkpointing(spec),
         "dataloader_pin_memory": on_gpu,
     }
 
@@ -67,6 +73,29 @@ def render(
 def rows_a_card(spec: TrainSpec) -> int:
     """Of every step; axolotl deals them out in turn."""
     return max(1, units_a_step(spec.method, spec.schedule.batch_size) // spec.cards.gpus)
+
+
+def rows_at_once(spec: TrainSpec) -> list[int]:
+    """How many rows or pairs of a step can pass through the model at once, on each card; the most first.
+
+    axolotl's parts of a step are alike. A thumb's loss needs the whole step.
+    """
+    rows = rows_a_card(spec)
+    return [count for count in range(rows, 0, -1) if rows % count == 0 and (count == rows or spec.method != "kto")]
+
+
+def _checkpointing(spec: TrainSpec) -> dict[str, Any]:
+    """What "offload" moves to the host are the layers' inputs, as with us."""
+    match spec.memory.checkpointing:
+        case "on" | "offload" as mode:
+            return {
+                "gradient_checkpointing": True,
+                # The other kind misses frozen weights: ZeRO-3 has let go of them (huggingface/transformers#47254).
+                "gradient_checkpointing_kwargs": {"use_reentrant": spec.cards.sharding == "zero3"},
+                **({"activation_offloading": "hidden_states"} if mode == "offload" else {}),
+            }
+        case _:
+            return {"gradient_checkpointing": False}
 
 
 def _sharding(spec: TrainSpec, folder: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
+from transformers.trainer import unwrap_peft_model
 
 from loop.trainers.governor import Governor
 from loop.trainers.planned_run import Reporter
@@ -21,6 +23,16 @@ class Told(BasePlugin):
             return []
         governor, reporter = Told.callbacks
         return [governor, _Numbers(reporter)]
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Every answer token of a step weighs the same, in whichever part or on whichever card it is.
+
+        axolotl's trainer would take each part's mean, and then the mean of those.
+        """
+        if not cfg.rl:
+            forward = unwrap_peft_model(trainer.model).forward
+            kinds = {parameter.kind for parameter in inspect.signature(forward).parameters.values()}
+            trainer.model_accepts_loss_kwargs = inspect.Parameter.VAR_KEYWORD in kinds
 
 
 class _Numbers(TrainerCallback):

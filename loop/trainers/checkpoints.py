@@ -14,10 +14,11 @@ MARKER = "complete"
 
 
 def mark_complete(checkpoint: Path, run_digest: str) -> None:
-    """The marker is written last, when everything else is on disk."""
-    for path in checkpoint.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """The marker is written last, when everything else is on disk. DeepSpeed's parts lie in a folder of their own."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     write_durably(checkpoint / MARKER, run_digest.encode())
 
 

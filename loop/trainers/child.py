@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
 from loop.digests import write_durably
+from loop.memory_estimate import Workload
 from loop.trainers.launcher import Launch, launch, listen_for_parking
 from loop.trainers.progress import Channel, RankChannel
 from loop.trainers.rows import tokenise
@@ -186,7 +187,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     tokenizer = load_tokenizer(spec)
     stops = stop_ids(spec.base_dir, tokenizer)
     data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
-    memory = _settle(spec, backend, data, digest)
+    memory = settled_memory(spec, backend.name, data.heaviest(spec), digest)
     spec = memory.settled(spec) if memory else without_plan(spec)
     limit_memory(spec)
     set_seed(spec.seed)  # the adapter's first weights are random
@@ -210,12 +211,13 @@ def unfinished(spec: TrainSpec) -> str | None:
     return digest
 
 
-def _settle(spec: TrainSpec, backend: Backend, data: Data, digest: str) -> RunMemory | None:
-    """None where memory is not planned: for a base of unknown shape."""
+def settled_memory(spec: TrainSpec, backend: str, heaviest: Workload, digest: str) -> RunMemory | None:
+    """The run's plan, and its limit set; `heaviest`: step. None where memory is not planned: for a base of unknown
+    shape."""
     from loop.trainers.memory import settle
     from loop.trainers.planned_run import compute_dtype
 
-    memory = settle(spec, backend.name, data.heaviest(spec), digest, compute_dtype())
+    memory = settle(spec, backend, heaviest, digest, compute_dtype())
     if memory is not None:
         memory.limit()
     return memory

@@ -71,7 +71,7 @@ def zero3_config(spec: TrainSpec) -> dict[str, Any]:
         },
         "bf16": {"enabled": "auto"},
         "gradient_clipping": spec.schedule.max_grad_norm,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
         "steps_per_print": 1_000_000,

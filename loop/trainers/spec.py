@@ -312,11 +312,6 @@ def cards_of(settings: TrainerSettings, method: Method) -> CardsSpec:
     return CardsSpec(gpus=settings.gpus, sharding=settings.sharding)
 
 
-def without_sharding_left_open(spec: TrainSpec) -> TrainSpec:
-    """Where nothing tells what fits: the base whole on each card, as on one."""
-    return with_sharding(spec, "replicate") if spec.cards.sharding == "auto" and spec.cards.gpus > 1 else spec
-
-
 def with_sharding(spec: TrainSpec, sharding: Sharding) -> TrainSpec:
     """A base that is shared out has no finish on the served one."""
     cards = spec.cards.model_copy(update={"sharding": sharding})

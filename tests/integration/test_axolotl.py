@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 
 from loop.adapter_files import check, read_base_config
-from loop.executors import ChildControl, ChildFailed, LocalExecutor
+from loop.executors import ChildControl, ChildCrashed, ChildFailed, LocalExecutor
 from loop.settings import LINEAR_LAYERS
 from loop.trainers.preference_rows import write_preferences
 from loop.trainers.spec import TrainSpec, read_result, write_spec
 from tests.conftest import ROOT
 from tests.integration.test_preference_training import THINGS, _pairs, _thumbs
-from tests.integration.test_trainer import _prepare, tiny_dir
+from tests.integration.test_trainer import _prepare, tiny_dir, trainers_of
 
 PYTHON = ROOT / ".venv-axolotl" / "bin" / "python"
 pytestmark = [
@@ -34,7 +38,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-async def _train(spec: TrainSpec, park_at: int = 0) -> list[dict[str, Any]]:
+async def _train(spec: TrainSpec, park_at: int = 0, kill_at: int = 0) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     children: list[ChildControl] = []
 
@@ -42,6 +46,8 @@ async def _train(spec: TrainSpec, park_at: int = 0) -> list[dict[str, Any]]:
         lines.append(line)
         if line["step"] == park_at:
             children[0].park()
+        if line["step"] == kill_at:
+            os.kill(trainers_of(os.getpid())[0], signal.SIGKILL)
 
     await LocalExecutor().run(
         "loop.trainers.axolotl",
@@ -53,6 +59,18 @@ async def _train(spec: TrainSpec, park_at: int = 0) -> list[dict[str, Any]]:
         on_start=children.append,
     )
     return lines
+
+
+def _plan(checkpointing: str, tokens: int) -> dict[str, Any]:
+    sizes = {"estimated_bytes": 1, "budget_bytes": 10**9, "tokens_per_s": 1}
+    return {"checkpointing": checkpointing, "micro_tokens": tokens, "device": "cpu", **sizes}
+
+
+def _away(spec: TrainSpec, other: TrainSpec) -> float:
+    """One adapter from the other, relative to its size."""
+    one, two = (load_file(s.out_dir / "adapter" / "adapter_model.safetensors") for s in (spec, other))
+    apart = sum((one[name].float() - two[name].float()).square().sum().item() for name in two)
+    return float((apart / sum(weight.float().square().sum().item() for weight in two.values())) ** 0.5)
 
 
 def _is_servable(spec: TrainSpec) -> None:
@@ -118,6 +136,32 @@ async def test_axolotl_keeps_to_the_limits_of_a_watched_training(tiny_dir: Path,
     assert result is not None
     assert (result.time_limited, result.planned_steps, result.rate_scale) == (True, planned, 0.5)
     assert result.steps == lines[-1]["step"] < planned
+
+
+async def test_a_step_in_parts_or_shared_out_is_the_same_step(tiny_dir: Path, tmp_path: Path) -> None:
+    """All rows at once; one after the other with checkpointing; and so under DeepSpeed's ZeRO-3, killed on the way."""
+    whole = _prepare(tmp_path / "whole", tiny_dir, **RECIPE, memory={"plans": [_plan("off", 10_000)]})
+    parts: dict[str, Any] = {"memory": {"plans": [_plan("on", 1)], "checkpointing": "on", "micro_tokens": 1}}
+    halves = _prepare(tmp_path / "parts", tiny_dir, **RECIPE, **parts)
+    shared = _prepare(tmp_path / "zero3", tiny_dir, **RECIPE, **parts, cards={"sharding": "zero3"})
+    lines = await _train(whole)
+    by_step = {line["step"]: pytest.approx(line["loss"], rel=1e-5) for line in lines}
+    assert {line["step"]: line["loss"] for line in await _train(halves)} == by_step
+    with pytest.raises(ChildCrashed, match="killed"):
+        await _train(shared, kill_at=5)
+    resumed = await _train(shared)
+    assert resumed[0]["step"] == 5
+    assert {line["step"]: line["loss"] for line in resumed} == {step: by_step[step] for step in (5, 6)}
+    (config,) = halves.out_dir.glob("axolotl-*/config.yaml")
+    written = yaml.safe_load(config.read_text())
+    assert (written["micro_batch_size"], written["gradient_accumulation_steps"]) == (1, 6)
+    assert written["gradient_checkpointing"] is True
+    for spec in (halves, shared):
+        assert _away(spec, whole) < 0.01
+        result = read_result(spec.out_dir)
+        assert result is not None
+        assert result.memory is not None
+        assert (result.memory.plan.checkpointing, result.sharding) == ("on", spec.cards.held)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from loop.machine_memory import Machine
+from loop.memory_estimate import GIB, Workload
 from loop.outputs import Delta
 from loop.preflight.finding import PreflightFailed
 from loop.preflight.recipe import backend_can
+from loop.run_plan import plans_of
 from loop.settings import ProjectSettings, TrainerSettings
-from loop.trainers.axolotl_config import render
+from loop.trainers.axolotl_config import render, rows_at_once
 from loop.trainers.spec import TrainSpec
 from loop.trainers.spec import render as render_spec
 from tests.conftest import ROOT
@@ -84,12 +87,52 @@ def test_each_card_takes_its_share_of_the_rows(tmp_path: Path) -> None:
     assert "fsdp_config" not in zero
 
 
+@pytest.mark.parametrize(
+    ("method", "gpus", "wanted"),
+    [("sft", 1, [12, 6, 4, 3, 2, 1]), ("sft", 3, [4, 2, 1]), ("dpo", 1, [6, 3, 2, 1]), ("kto", 2, [3])],
+)
+def test_a_step_goes_through_in_parts_that_are_alike(method: str, gpus: int, wanted: list[int], tmp_path: Path) -> None:
+    """A thumb's loss needs the whole step; whatever the part, the step keeps its rows."""
+    spec = _spec(tmp_path, method, batch_size=12, gpus=gpus)
+    assert rows_at_once(spec) == wanted
+    for rows in wanted:
+        config = render(spec, tmp_path, steps=1, on_gpu=True, at_once=rows)
+        assert config["micro_batch_size"] * config["gradient_accumulation_steps"] == wanted[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("off", (False, None)), ("on", (True, None)), ("offload", (True, "hidden_states"))]
+)
+def test_what_is_kept_for_the_backward_pass_is_as_planned(
+    mode: str, wanted: tuple[bool, str | None], tmp_path: Path
+) -> None:
+    config = render(_spec(tmp_path, checkpointing=mode), tmp_path, steps=1, on_gpu=True)
+    assert (config["gradient_checkpointing"], config.get("activation_offloading")) == wanted
+
+
+def test_memory_is_planned_for_whole_parts_and_all_logits(tmp_path: Path) -> None:
+    """On 24 GiB, 16 rows of 2,048 do not go at once; and where our loss leaves room to recompute nothing, it must."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", **shape, "num_attention_heads": 32, "num_key_value_heads": 8})
+    )
+    spec = _spec(tmp_path, batch_size=16, max_length=2048, replay_share=0)
+    card = Machine("cuda", "a card", 24 * GIB, 24 * GIB, 2)
+    batch = Workload(16 * 2048, 2048, 16 * 512)
+    plans = plans_of(spec, "axolotl", card, batch)
+    assert plans[0].fits
+    assert {plan.micro_tokens // 2048 for plan in plans} <= set(rows_at_once(spec))
+    assert plans[0].micro_tokens < batch.tokens
+    assert (plans[0].checkpointing, plans_of(spec, "peft", card, batch)[0].checkpointing) == ("on", "off")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="NOT TESTED WITH AXOLOTL: `make axolotl` has not been run")
 def test_axolotls_own_schema_takes_every_configuration(tmp_path: Path) -> None:
     """And knows every key that we write: a mistyped one would be left unread."""
     specs = [_spec(tmp_path, method, scheduler=s) for method in ("sft", "dpo", "kto") for s in ("one_cycle", "cosine")]
     specs += [_spec(tmp_path, gpus=2, sharding=sharding) for sharding in ("replicate", "fsdp", "zero3")]
+    specs += [_spec(tmp_path, checkpointing=mode) for mode in ("off", "on", "offload")]
     configs = [render(spec, tmp_path, steps=3, on_gpu=False) for spec in specs]
     asked = subprocess.run(
         [str(PYTHON), "-c", VALIDATE], input=json.dumps(configs), capture_output=True, text=True, check=False

@@ -19,7 +19,7 @@ from loop import machine_memory
 from loop.heaviest_step import RowSize, heaviest_batch, heaviest_step
 from loop.machine_memory import Machine
 from loop.memory_estimate import GIB, Setup, Workload, estimate
-from loop.memory_plan import Plan, itemised, ladder, plan_for, plans_by_speed, seconds
+from loop.memory_plan import Plan, halves, itemised, ladder, plan_for, plans_by_speed, seconds
 from loop.memory_record import MemoryOutcome, MemoryRecord, fall_back, in_words, read_record, write_record
 from loop.model_shape import NAMED, UnknownShape, find_shape, read_shape, shape_of
 from loop.plan_advice import Question, answer
@@ -188,7 +188,7 @@ def test_each_rung_takes_clearly_less(budget: int, tokens: int, device: Any) -> 
 
 def test_a_row_is_never_cut_into_parts() -> None:
     """The smallest part is the longest row, also where less was asked for."""
-    plans = plans_by_speed(SETUP, BATCH, GIB, most=100)
+    plans = plans_by_speed(SETUP, BATCH, GIB, sizes=halves(BATCH, most=100))
     assert {plan.micro_tokens for plan in plans} == {4096}
     assert plan_for(SETUP, BATCH, "on", 10**9, GIB).micro_batches == 1
 
@@ -277,7 +277,7 @@ def test_a_step_of_preferences_is_planned_by_its_pairs(tmp_path: Path) -> None:
     assert (few.tokens, few.replay_scored) == (2 * 101, 0)
     long_replay = heaviest("dpo", [RowSize(900, 700, replay=True)] * 9, pairs)
     assert (long_replay.tokens, long_replay.scored, long_replay.least) == (2 * 900, 2 * 700, 1800)
-    assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, most=1)} == {222}
+    assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, sizes=halves(dpo, most=1))} == {222}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,7 @@ def test_what_goes_at_once_is_whole_rows_or_pairs(
 ) -> None:
     """Half of three pairs is one pair: an estimate of three rows would be half too high."""
     work = Workload(rows * 100, 100, rows * 20, together=together)
-    plans = plans_by_speed(SETUP, work, GIB, modes=["off"], most=most and most * 100)
-    assert sorted((plan.micro_tokens for plan in plans), reverse=True) == [number * 100 for number in wanted]
+    assert halves(work, most and most * 100) == [number * 100 for number in wanted]
 
 
 def test_answers_that_are_shown_first_count_too(tmp_path: Path) -> None:
