@@ -23,7 +23,7 @@ def limits(recipe: TrainerSettings, method: Method, *, continues: bool, replay_r
     refused = [*_full_elsewhere(recipe), *_beyond_its_cards(recipe, method)]
     if recipe.backend == "axolotl":
         refused += _beyond_axolotl(recipe, method, continues, replay_rows)
-    return Limits(tuple(refused), tuple(_unused(recipe, method)))
+    return Limits(tuple(refused), tuple(_unused(recipe)))
 
 
 def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
@@ -40,7 +40,7 @@ def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
         )
 
 
-def _unused(recipe: TrainerSettings, method: Method) -> Iterator[str]:
+def _unused(recipe: TrainerSettings) -> Iterator[str]:
     if recipe.finetuning_type == "full" and recipe.dropout:
         yield f"trainer.dropout = {recipe.dropout:g} is not used: a full fine-tune has no adapter to drop out of"
     if recipe.quantisation == "nf4" and recipe.finish_share:
@@ -51,8 +51,6 @@ def _unused(recipe: TrainerSettings, method: Method) -> Iterator[str]:
             why = "no card has the whole base to exchange it"
         if why:
             yield f"trainer.finish_share = {recipe.finish_share:g} is not used: {why}"
-    if recipe.gpus > 1 and method != "sft" and recipe.backend != "axolotl":
-        yield f"trainer.gpus = {recipe.gpus} is not used: method {method} is trained on one card"
 
 
 def _beyond_its_cards(recipe: TrainerSettings, method: Method) -> Iterator[tuple[str, str]]:
@@ -65,11 +63,6 @@ def _beyond_its_cards(recipe: TrainerSettings, method: Method) -> Iterator[tuple
         yield (
             'trainer.sharding = "zero3" is DeepSpeed\'s, which the axolotl backend alone trains with',
             'Set trainer.sharding = "fsdp", which shares out the same, or trainer.backend = "axolotl".',
-        )
-    if recipe.backend == "peft" and recipe.sharding == "fsdp" and method != "sft":
-        yield (
-            f"method {method!r} is trained on one card with the whole base on it",
-            'Set trainer.sharding = "auto", or trainer.method = "sft".',
         )
     rows = units_a_step(method, recipe.batch_size)
     if recipe.backend == "axolotl" and recipe.gpus > 1 and rows % recipe.gpus:

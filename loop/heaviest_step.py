@@ -25,18 +25,25 @@ def heaviest_step(spec: TrainSpec, rows: Sequence[RowSize], preferences: Sequenc
     """On one card, over all phases of the method. `preferences`: both answers of each pair, or thumbs.
 
     Replay rows go through the model apart from pairs and thumbs, and what the base says of them is asked as they come.
+    Of several cards each has an even share, pairs whole; one that gets more rows, as they are shorter, has no more of
+    them at once than this.
     """
+    cards = spec.cards.gpus
     replay = [size for size in rows if size.replay]
     found = []
     if shows_answers(spec.method, corrections=len(replay) < len(rows)):
-        a_card = -(-spec.schedule.batch_size // spec.cards.gpus)  # at the most; where one has more, they are shorter
-        found.append(heaviest_batch(rows, a_card))
+        found.append(heaviest_batch(rows, _a_card(spec.schedule.batch_size, cards)))
     if spec.method != "sft":
         together = 1 if spec.method == "kto" else 2
         units, held = most_of_each(len(preferences) // together, len(replay), spec.schedule)
-        found.append(replace(heaviest_batch(preferences, together * units), together=together, ahead=1))
-        found += [replace(heaviest_batch(replay, held), ahead=1)] if held else []
+        at_most = heaviest_batch(preferences, together * _a_card(units, cards))
+        found.append(replace(at_most, together=together, ahead=1))
+        found += [replace(heaviest_batch(replay, _a_card(held, cards)), ahead=1)] if held else []
     return reduce(_worse, found)
+
+
+def _a_card(number: int, cards: int) -> int:
+    return -(-number // cards)
 
 
 def heaviest_batch(sizes: Sequence[RowSize], batch_size: int) -> Workload:

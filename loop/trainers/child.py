@@ -168,11 +168,6 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     if spec.finetuning_type == "full" and backend.name != "peft":
         raise NotByThisBackend(f"the {backend.name} backend does no full fine-tune that an adapter could carry")
-    if spec.method != "sft" and spec.cards.launched:
-        raise NotByThisBackend(
-            f"method {spec.method!r} is trained on one card with the whole base on it",
-            hint='Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.method = "sft".',
-        )
     digest = unfinished(spec)
     if digest is None:
         return

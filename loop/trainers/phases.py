@@ -1,6 +1,7 @@
 """What a method trains, in which order: one phase, or supervised fine-tuning before preferences.
 
-A finished phase leaves its weights and, last, a marker: a killed run goes on in the phase where it stood.
+A finished phase leaves its weights and, last, a marker: a killed run goes on in the phase where it stood. Of several
+ranks the first writes and reads it, for all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from loop.trainers.progress import Channel, Relay
 from loop.trainers.rows import Example, plan_examples
 from loop.trainers.sft_loop import train
 from loop.trainers.spec import BadRows, Progress, TrainSpec
+from loop.trainers.team import team
 
 WEIGHTS, MARKER = "adapter_state.safetensors", "finished.json"
 
@@ -120,14 +122,17 @@ def train_phases(
     for number, phase in enumerate(planned):
         last = number == len(planned) - 1
         before = sum(one.steps for one in planned[:number])
-        own = _phase_spec(spec, planned, number, channel.elapsed_seconds())
+        (elapsed,) = team().agree((channel.elapsed_seconds(),))  # no clock is quite another's
+        own = _phase_spec(spec, planned, number, elapsed)
         trained = None if last else _finished(own.out_dir, run_digest, model)
         if trained is None:
             told = Relay(channel, partial(_counted, phase=phase, before=before, total=total))
             own = memory.settled(own) if memory else own  # an earlier phase may have lowered it
             trained = _train(own, phase, model, tokenizer, data, run_digest, told, memory)
         if not last:
-            _finish(own.out_dir, run_digest, trained)
+            if team().leads:
+                _finish(own.out_dir, run_digest, trained)
+            team().wait()
         done.append(trained)
     return replace(
         done[-1],
@@ -188,10 +193,9 @@ def _finish(folder: Path, run_digest: str, trained: Trained) -> None:
 
 def _finished(folder: Path, run_digest: str, model: Any) -> Trained | None:
     """What the phase left, its weights in `model`; None where it has not finished, or only for other rows."""
-    if not (folder / MARKER).exists():
-        return None
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if marker["run_digest"] != run_digest:
+    path = folder / MARKER
+    told = team().words(path.read_text(encoding="utf-8") if team().leads and path.exists() else "")
+    if not told or (marker := json.loads(told))["run_digest"] != run_digest:
         return None
     put_weights(model, folder / WEIGHTS)
     return Trained(model=model, **marker["trained"])

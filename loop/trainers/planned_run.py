@@ -172,6 +172,12 @@ def single_precision(model: Any) -> None:
             weight.data = weight.data.float()
 
 
+def own_chance(spec: TrainSpec, step: int) -> None:
+    """Of several ranks each draws its rows' dropout by itself, and the same again after a resume."""
+    if team().size > 1 and spec.lora.dropout:
+        torch.manual_seed(hash((spec.seed, step, team().rank)) % 2**31)
+
+
 def peak_memory_bytes() -> int:
     """The accelerator's where there is one, else this process's."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()

@@ -6,7 +6,7 @@ finish on the served base and the progress lines are those of `planned_run`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,16 @@ from transformers import Trainer
 from loop.trainers.checkpointing import ready
 from loop.trainers.loss import Amp
 from loop.trainers.memory import RunMemory
-from loop.trainers.planned_run import LAST_STEPS, Diverged, Trained, compute_dtype, run_planned, single_precision
+from loop.trainers.planned_run import (
+    LAST_STEPS,
+    Diverged,
+    Trained,
+    compute_dtype,
+    own_chance,
+    run_planned,
+    single_precision,
+)
 from loop.trainers.preference_loss import (
-    Padded,
     Scored,
     cross_entropy,
     dpo_loss,
@@ -29,12 +36,13 @@ from loop.trainers.preference_loss import (
     score,
     score_base,
 )
-from loop.trainers.preference_parts import PreferencePart, PreferenceParts, Preferences, Step, StepParts
+from loop.trainers.preference_parts import DriftPart, PreferencePart, PreferenceParts, Preferences, Step, StepParts
 from loop.trainers.preference_rows import kto_weights, plan_units
 from loop.trainers.progress import Channel, Relay
 from loop.trainers.room import find_room
 from loop.trainers.sft_loop import arguments, optimizer_of, scheduler_of
 from loop.trainers.spec import Progress, TrainSpec
+from loop.trainers.team import team
 
 
 class PreferenceTrainer(Trainer):
@@ -42,7 +50,7 @@ class PreferenceTrainer(Trainer):
 
     def __init__(self, *, spec: TrainSpec, plan: list[Step], parts: PreferenceParts, amp: Amp, **rest: Any) -> None:
         self._spec, self._plan, self._parts, self._amp = spec, plan, parts, amp
-        self._data = parts.data
+        self._data, self._team = parts.data, team()
         self._weights = kto_weights(self._data.units) if self._data.objective == "kto" else (1.0, 1.0)
         self.margins: list[float] = []
         super().__init__(**rest)
@@ -52,71 +60,94 @@ class PreferenceTrainer(Trainer):
         return DataLoader(range(len(self._plan)), batch_sampler=steps, collate_fn=self._collate)
 
     def _collate(self, one: list[int]) -> dict[str, StepParts]:
-        return {"step": self._parts(self._plan[one[0]])}
+        return {"step": self._parts(self._plan[one[0]], self._team)}
 
     def training_step(
         self, model: Any, inputs: Mapping[str, StepParts], num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        own_chance(self._spec, self.state.global_step)
         return self._train_on(model, inputs["step"])
 
     def _train_on(self, model: Any, step: StepParts) -> torch.Tensor:
         if not model.training:
             ready(model)
-        total = torch.zeros((), device=model.device)
-        for loss in self.losses(model, step):
+        own = torch.zeros(2, device=model.device)
+        for loss, margin in self.losses(model, step):
             self.accelerator.backward(loss)
-            total += loss.detach()
+            own += torch.stack([loss.detach(), margin])
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        total, margin = self._team.sum_gradients(weights, own)
+        if step.units and self._data.objective != "kto":
+            self.margins.append(margin.item())
         return total
 
-    def losses(self, model: Any, step: StepParts) -> Iterator[torch.Tensor]:
-        """Each part's, which add up to the step's; a part goes through the model when its loss is asked for."""
-        drift = self._drift(model, step.mismatched)
-        margins: list[float] = []
+    def losses(self, model: Any, step: StepParts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each part's, and its share of the step's mean margin; over all ranks they add up to the step's. A part goes
+        through the model when its loss is asked for."""
+        drift = self._drift(model, step)
         for part in (made.to(model.device) for made in step.parts):
-            loss = self._held(model, part) if part.held else self._of_units(model, part, drift, margins)
+            loss, margin = self._of_part(model, part, drift)
             if not torch.isfinite(loss):
                 raise Diverged(
                     f"the loss became {loss.item()} at step {self.state.global_step + 1} of {self._data.objective}",
                     hint="Lower trainer.preference_learning_rate, or look for broken rows in this night's delta.",
                 )
-            yield loss
-        if margins:
-            self.margins.append(sum(margins))
+            yield loss, margin
+
+    def _of_part(self, model: Any, part: PreferencePart, drift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        none = torch.zeros((), device=model.device)
+        if part.held:
+            return self._held(model, part), none
+        if part.good is not None:
+            return self._of_thumbs(model, part, part.good, drift), none
+        return self._of_pairs(model, part)
 
     def _held(self, model: Any, part: PreferencePart) -> torch.Tensor:
         if self._spec.schedule.replay_loss == "ce":
             return part.of_tokens * cross_entropy(score(model, part.rows, self._amp))
         return part.of_tokens * self._spec.schedule.kl_weight * held_loss(model, part.rows, self._amp)
 
-    def _drift(self, model: Any, mismatched: Sequence[Padded]) -> torch.Tensor:
-        """Of a step's mismatched rows from the base, in nats; empty where there are none."""
-        found = [torch.zeros(0, device=model.device)]
+    def _drift(self, model: Any, step: StepParts) -> torch.Tensor:
+        """Of all ranks' mismatched rows from the base, the mean in nats; 0 where the step has none."""
+        found = torch.zeros((), device=model.device)
+        if self._data.objective != "kto" or not step.units:
+            return found
         with torch.no_grad():
-            for rows in (some.to(model.device) for some in mismatched):
-                own = score(model, rows, self._amp).sums
-                found.append(own - score_base(model, rows, self._amp).sums)
-        return torch.cat(found)
+            for part in step.drift:
+                found += part.of_rows * self._moved(model, part)
+        return self._team.sum(found)
 
-    def _of_units(self, model: Any, part: PreferencePart, drift: torch.Tensor, margins: list[float]) -> torch.Tensor:
-        """The base first: what it says has no gradient and is let go of before the adapter's states are kept.
+    def _moved(self, model: Any, part: DriftPart) -> torch.Tensor:
+        rows = part.rows.to(model.device)
+        own = score(model, rows, self._amp).sums
+        return (own - score_base(model, rows, self._amp).sums).mean()
 
-        The part's share of the step's mean margin goes to `margins`.
-        """
+    def _of_thumbs(self, model: Any, part: PreferencePart, good: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+        """The base first: what it says has no gradient and is let go of before the adapter's states are kept."""
+        base = score_base(model, part.rows, self._amp).sums
+        gains = score(model, part.rows, self._amp).sums - base
+        return part.of_units * kto_loss(gains, good, drift, self._spec.preference.beta, self._weights)
+
+    def _of_pairs(self, model: Any, part: PreferencePart) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and margin; the base first, as with thumbs."""
         beta, rows = self._spec.preference.beta, part.rows
         base = None if self._data.objective == "orpo" else score_base(model, rows, self._amp).sums
         scored = score(model, rows, self._amp)
-        if part.good is not None:
-            assert base is not None
-            return part.of_units * kto_loss(scored.sums - base, part.good, drift, beta, self._weights)
         pairs = len(rows.input_ids) // 2
         chosen, rejected = Scored(*(s[:pairs] for s in scored)), Scored(*(s[pairs:] for s in scored))
-        margins.append(part.of_units * (chosen.sums - rejected.sums).mean().item())
+        margin = part.of_units * (chosen.sums - rejected.sums).mean().detach()
         if base is None:
-            return orpo_loss(chosen, rejected, beta, of_tokens=part.of_tokens, of_pairs=part.of_units)
-        return part.of_units * dpo_loss(chosen.sums, rejected.sums, (base[:pairs], base[pairs:]), beta)
+            return orpo_loss(chosen, rejected, beta, of_tokens=part.of_tokens, of_pairs=part.of_units), margin
+        return part.of_units * dpo_loss(chosen.sums, rejected.sums, (base[:pairs], base[pairs:]), beta), margin
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Adapter and optimizer are the same on every rank."""
+        if self._team.leads:
+            super()._save_checkpoint(*arguments, **named)
 
     def try_heaviest(self) -> None:
-        self._try(self._parts.heaviest(self._plan))
+        """Of all ranks, by each of them: all pass through the model as often."""
+        self._try(self._parts.heaviest(self._plan, self._team.size))
 
     def try_shortest(self) -> None:
         units = self._data.units

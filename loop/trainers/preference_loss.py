@@ -90,9 +90,10 @@ def cross_entropy(rows: Scored) -> torch.Tensor:
 def kto_loss(
     gains: torch.Tensor, good: torch.Tensor, drift: torch.Tensor, beta: float, weights: tuple[float, float]
 ) -> torch.Tensor:
-    """arXiv:2402.01306, equations 7 and 8. `gains`: each answer's log-probability above the base's; `drift`: the same
-    of a whole step's mismatched answers, the estimate of the KL from the base, never negative and without gradient."""
-    kl = drift.mean().clamp(min=0).detach()
+    """arXiv:2402.01306, equations 7 and 8. `gains`: each answer's log-probability above the base's; `drift`: the mean
+    of the same over a whole step's mismatched answers, the estimate of the KL from the base, which counts as 0 where it
+    is below and has no gradient."""
+    kl = drift.clamp(min=0).detach()
     of_good, of_bad = 1 - torch.sigmoid(beta * (gains - kl)), 1 - torch.sigmoid(beta * (kl - gains))
     return torch.where(good, weights[0] * of_good, weights[1] * of_bad).mean()
 

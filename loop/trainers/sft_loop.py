@@ -25,7 +25,7 @@ from loop.trainers.late_log import late_log_for
 from loop.trainers.loss import Amp, retention_loss
 from loop.trainers.memory import RunMemory
 from loop.trainers.packing import choose, leave
-from loop.trainers.planned_run import Trained, compute_dtype, finish_at, run_planned, single_precision
+from loop.trainers.planned_run import Trained, compute_dtype, finish_at, own_chance, run_planned, single_precision
 from loop.trainers.progress import Channel
 from loop.trainers.room import find_room
 from loop.trainers.rows import Example, heaviest, plan_examples
@@ -59,8 +59,7 @@ class RetentionTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, list[Part]], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a step's parts; the loss stays on the device, where nobody waits for it."""
         self._base.for_step(model, self.state.global_step)
-        if self._team.size > 1 and self._spec.lora.dropout:  # of its own, and the same after a resume
-            torch.manual_seed(hash((self._spec.seed, self.state.global_step, self._team.rank)) % 2**31)
+        own_chance(self._spec, self.state.global_step)
         loss = self._train_on(model, inputs["parts"])
         self._tell_late()  # of the step before: the device is busy with this one
         return loss

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from loop.trainers.rows import parts_of
 
 
-def shares(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+def shares(rows: Sequence[int], lengths: Sequence[int], ranks: int, has: Sequence[int] = ()) -> list[list[int]]:
     """Each rank's rows, in the step's order; their tokens as even as dealing the longest first makes them.
 
-    A step of fewer rows than ranks leaves some with none.
+    `has`: tokens that each rank has in this step already. A step of fewer rows than ranks leaves some with none.
     """
     if ranks == 1:
         return [list(rows)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
+    tokens = list(has) or [0] * ranks
     for place in sorted(range(len(rows)), key=lambda place: (-lengths[rows[place]], place)):
         rank = min(range(ranks), key=lambda rank: (tokens[rank], rank))
         dealt[rank].append(place)

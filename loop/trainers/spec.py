@@ -265,7 +265,7 @@ def render(
 ) -> TrainSpec:
     """The project's recipe as a spec. `method`: what the night's data have settled."""
     flat = settings.model_dump()
-    cards = cards_of(settings, method)
+    cards = CardsSpec(gpus=settings.gpus, sharding=settings.sharding)
     if settings.backend != "peft" or cards.sharded:
         # Unsloth's layers are its own, and those that are shared out no card has whole: none can be exchanged.
         flat["finish_share"] = 0.0
@@ -303,13 +303,6 @@ def render(
         needs_gpu=settings.backend == "unsloth",
         out_dir=out_dir,
     )
-
-
-def cards_of(settings: TrainerSettings, method: Method) -> CardsSpec:
-    """Preferences are trained on one card; `loop.backends` tells."""
-    if method != "sft" and settings.backend != "axolotl":
-        return CardsSpec()
-    return CardsSpec(gpus=settings.gpus, sharding=settings.sharding)
 
 
 def with_sharding(spec: TrainSpec, sharding: Sharding) -> TrainSpec:

@@ -53,23 +53,33 @@ class Team:
         """The one that tells, saves and decides."""
         return self.rank == 0
 
-    def sum_gradients(self, weights: Sequence[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
-        """Leaves the sum over all ranks in every weight's gradient; the loss, summed too."""
+    def sum_gradients(self, weights: Sequence[torch.Tensor], figures: torch.Tensor) -> torch.Tensor:
+        """Leaves the sum over all ranks in every weight's gradient; the step's figures, summed too, in float32."""
         if self.size == 1:
-            return loss
+            return figures
         import torch
         from torch import distributed
 
         told = [torch.zeros_like(one) if one.grad is None else one.grad for one in weights]
-        flat = torch.cat([*(one.flatten() for one in told), loss.detach().float().reshape(1)])
+        flat = torch.cat([*(one.flatten() for one in told), figures.detach().float().flatten()])
         del told
         for one in weights:
             one.grad = None  # room for the sums
         distributed.all_reduce(flat)
-        *sums, total = flat.split([*(one.numel() for one in weights), 1])
+        *sums, total = flat.split([*(one.numel() for one in weights), figures.numel()])
         for one, summed in zip(weights, sums, strict=True):
             one.grad = summed.view_as(one)
-        return total.reshape(()).clone()  # the sums themselves may go with the gradients
+        return total.reshape(figures.shape).clone()  # the sums themselves may go with the gradients
+
+    def sum(self, figures: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, where the figures are: on a card, each waits for what the others are at."""
+        if self.size == 1:
+            return figures
+        from torch import distributed
+
+        total = figures.detach().clone()
+        distributed.all_reduce(total)
+        return total
 
     def agree(self, numbers: Sequence[float]) -> tuple[float, ...]:
         """The first rank's, to all. Host memory alone: a card that is busy is not waited for."""

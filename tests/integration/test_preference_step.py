@@ -73,7 +73,7 @@ def _is_the_loss(trainer: PreferenceTrainer, expected: torch.Tensor) -> None:
     """In value and in gradient."""
     (batch,) = trainer.get_train_dataloader()
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    loss = torch.stack(list(trainer.losses(trainer.model.eval(), batch["step"]))).sum()
+    loss = torch.stack([loss for loss, _ in trainer.losses(trainer.model.eval(), batch["step"])]).sum()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     ours, theirs = torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)
     for one, other in zip(ours, theirs, strict=True):
@@ -118,6 +118,8 @@ def test_a_step_of_pairs_is_dpos_loss_and_the_hold(model: Any, tmp_path: Path) -
     expected = -logsigmoid(BETA * above).mean() + KL_WEIGHT * _held(model)
     _is_the_loss(trainer, expected)
     margin = torch.stack([_sum(model, unit.rows[0]) - _sum(model, unit.rows[1]) for unit in PAIRS]).mean()
+    (batch,) = trainer.get_train_dataloader()
+    trainer.training_step(trainer.model.eval(), batch)
     assert trainer.margins == [pytest.approx(margin.item(), abs=1e-4)]
 
 

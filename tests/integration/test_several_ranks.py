@@ -272,16 +272,6 @@ async def test_a_mistake_in_the_rows_is_one_error_line_of_all(tiny_dir: Path, tm
     assert failed.value.child_code == "bad_rows"
 
 
-@pytest.mark.parametrize(("gpus", "sharding"), [(2, "replicate"), (1, "fsdp")])
-async def test_preferences_are_refused_by_ranks(tiny_dir: Path, tmp_path: Path, gpus: int, sharding: str) -> None:
-    """A spec from elsewhere: the preflight's own gives them one card."""
-    prepare(tmp_path, tiny_dir, gpus, sharding, method="dpo")
-    with pytest.raises(ChildFailed, match="'dpo' is trained on one card") as failed:
-        await train(tmp_path)
-    assert failed.value.child_code == "not_by_this_backend"
-    assert "trainer.gpus = 1" in str(failed.value.hint)
-
-
 async def test_no_time_left_ends_all_ranks_at_the_same_step(tiny_dir: Path, tmp_path: Path) -> None:
     """The first rank's clock decides; the adapter is whole and the result says so."""
     schedule = {**LONG, "max_steps": 100_000}

@@ -280,6 +280,20 @@ def test_a_step_of_preferences_is_planned_by_its_pairs(tmp_path: Path) -> None:
     assert {plan.micro_tokens for plan in plans_by_speed(SETUP, dpo, GIB, sizes=halves(dpo, most=1))} == {222}
 
 
+def test_a_card_is_planned_its_share_of_the_preferences(tmp_path: Path) -> None:
+    """Pairs whole: of four, three cards have two at the most; replay rows likewise."""
+
+    def heaviest(method: str, gpus: int, replay: int = 0) -> Workload:
+        share = 0.5 if replay else 0.0
+        spec = _spec(tmp_path, method=method, cards={"gpus": gpus}, schedule={"batch_size": 8, "replay_share": share})
+        return heaviest_step(spec, [RowSize(900, 50, replay=True)] * replay, pairs)
+
+    pairs = [RowSize(100, 40, replay=False)] * 24
+    assert [heaviest("dpo", gpus).tokens for gpus in (1, 2, 3, 4, 8)] == [800, 400, 400, 200, 200]
+    assert [heaviest("kto", gpus).tokens for gpus in (1, 2, 3, 8)] == [400, 200, 200, 100]
+    assert [heaviest("dpo", gpus, replay=40).tokens for gpus in (1, 2, 3)] == [3 * 900, 2 * 900, 900]
+
+
 @pytest.mark.parametrize(
     ("rows", "together", "most", "wanted"),
     [(8, 1, None, [8, 4, 2, 1]), (3, 1, None, [3, 1]), (6, 2, None, [6, 2]), (10, 2, 8, [8, 4, 2]), (1, 1, 9, [1])],

@@ -104,7 +104,7 @@ def test_one_card_has_no_launcher_and_the_digest_knows_no_cards(tmp_path: Path) 
 
 
 def test_the_recipe_is_rendered_for_its_cards(tmp_path: Path) -> None:
-    """No finish where the base is shared out; preferences on one card."""
+    """No finish where the base is shared out; preferences as answers."""
 
     def rendered(method: Any = "sft", **recipe: Any) -> TrainSpec:
         places: dict[str, Any] = {"base_dir": tmp_path, "data_dir": tmp_path, "out_dir": tmp_path}
@@ -116,7 +116,8 @@ def test_the_recipe_is_rendered_for_its_cards(tmp_path: Path) -> None:
     assert (two.cards, two.schedule.finish_share) == (CardsSpec(gpus=2), 0.25)
     shared = rendered(gpus=4, sharding="fsdp")
     assert (shared.cards.gpus, shared.cards.sharding, shared.schedule.finish_share) == (4, "fsdp", 0)
-    assert rendered("kto", gpus=2).cards == CardsSpec()
+    assert rendered("kto", gpus=2).cards == two.cards
+    assert rendered("dpo", gpus=4, sharding="fsdp").cards == shared.cards
     for wrong in ({"gpus": 0}, {"gpus": 65}, {"sharding": "zero2"}):
         with pytest.raises(ValidationError):
             TrainerSettings.model_validate(wrong)
@@ -229,7 +230,7 @@ def test_the_rank_that_failed_first_is_believed(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"backend": "unsloth", "gpus": 2, "sharding": "fsdp"}, "sft", "whole base on each card"),
     ({"backend": "peft", "gpus": 2, "sharding": "zero3"}, "sft", "DeepSpeed"),
-    ({"backend": "peft", "gpus": 2, "sharding": "fsdp"}, "kto", "trained on one card"),
+    ({"backend": "unsloth", "gpus": 2, "sharding": "fsdp"}, "kto", "whole base on each card"),
     ({"backend": "axolotl", "python": "/p", "gpus": 3, "replay_loss": "ce"}, "sft", "not so divided by 3"),
     ({"backend": "axolotl", "python": "/p", "gpus": 8, "replay_share": 0}, "dpo", "not so divided by 8"),
 ]
@@ -243,16 +244,16 @@ def test_what_cards_can_not_do_is_refused_with_a_cure(recipe: dict[str, Any], me
 
 
 def test_what_is_left_unused_is_told() -> None:
-    """Preferences on one card; the finish of a base that is shared out."""
+    """The finish of a base that is shared out; all cards are used, whatever the method."""
 
     def told(method: Any = "sft", **recipe: Any) -> str:
         found = limits(TrainerSettings(**recipe), method, continues=False, replay_rows=0)
         assert not found.refused
         return "; ".join(found.told)
 
-    assert "trainer.gpus = 2 is not used: method kto" in told("kto", gpus=2)
-    assert "no card has the whole base" in told(gpus=2, sharding="fsdp")
-    assert told(gpus=2) == told() == ""
+    for method in ("sft", "dpo", "orpo", "kto", "sft+dpo"):
+        assert "no card has the whole base" in told(method, gpus=2, sharding="fsdp")
+        assert told(method, gpus=2) == told(method) == ""
 
 
 def _driver(folder: Path, cards: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
