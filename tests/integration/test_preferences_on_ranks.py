@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loop.trainers.preference_rows import write_preferences
 from loop.trainers.spec import TrainSpec, read_result
@@ -16,7 +17,7 @@ from tests.integration.test_trainer import _prepare, tiny_dir
 
 __all__ = ["tiny_dir"]  # a fixture
 pytestmark = pytest.mark.slow
-FIGURES = ("step", "total_steps", "loss", "grad_norm", "learning_rate", "objective", "margin")
+FIGURES = ("step", "total_steps", "loss", "grad_norm", "learning_rate", "margin")
 Lines = list[dict[str, Any]]
 
 
@@ -43,29 +44,44 @@ async def run(spec: TrainSpec) -> Lines:
 
 async def _same_as_one(tmp_path: Path, base_dir: Path, method: str, ways: list[str], **changed: Any) -> None:
     alone = prepare(tmp_path / "alone", base_dir, method, **changed)
-    of_one = await run(alone)
-    assert any(line["grad_norm"] > 0.01 for line in of_one)
+    of_one, first = await run(alone), read_result(alone.out_dir)
+    assert first is not None
     for way in ways:
         several = prepare(tmp_path / way, base_dir, method, 2, way, **changed)
-        of_two = await run(several)
+        of_two, second = await run(several), read_result(several.out_dir)
         for one, other in zip(of_one, of_two, strict=True):
-            for figure in FIGURES:
-                assert other[figure] == pytest.approx(one[figure], rel=2e-2, abs=1e-3), f"{figure}, step {one['step']}"
-        assert away(adapter(alone), adapter(several)) < 0.01
-        results = read_result(alone.out_dir), read_result(several.out_dir)
-        assert None not in results
-        first, second = results
+            told = {
+                name: (one[name], other[name]) for name in FIGURES if one[name] is not None or other[name] is not None
+            }
+            print(way, told)
+            assert one["objective"] == other["objective"]
+            for name, (expected, found) in told.items():
+                assert found == pytest.approx(expected, rel=2e-2, abs=1e-4), f"{name} of step {one['step']}, {way}"
+        moved, other_moved = (_moved(adapter(spec)) for spec in (alone, several))
+        print(way, away(moved, other_moved))
+        assert away(moved, other_moved) < 0.04
+        assert second is not None
         assert (second.gpus, second.sharding, second.method) == (2, way, method)
         assert (second.steps, second.tokens, second.examples) == (first.steps, first.tokens, first.examples)
-        assert second.final_margin == pytest.approx(first.final_margin, rel=2e-2, abs=1e-3)
+        assert second.final_margin == (first.final_margin and pytest.approx(first.final_margin, rel=1e-2))
         assert not list(several.out_dir.glob("phase-*"))
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
-async def test_two_ranks_make_the_adapter_of_one(tiny_dir: Path, tmp_path: Path, method: str) -> None:
+def _moved(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is zero before the first step."""
+    return {name: weight for name, weight in weights.items() if "lora_B" in name}
+
+
+async def test_two_ranks_make_the_adapter_of_one_by_pairs(tiny_dir: Path, tmp_path: Path) -> None:
     """With the base whole on each and shared out: the same losses, gradient norms and margins at each step, the same
-    weights, but for rounding. kto's drift is the whole step's; so are its thumbs' neighbours."""
-    await _same_as_one(tmp_path, tiny_dir, method, ["replicate", "fsdp"])
+    weights, but for rounding."""
+    await _same_as_one(tmp_path, tiny_dir, "dpo", ["replicate", "fsdp"])
+
+
+async def test_two_ranks_make_the_adapter_of_one_by_thumbs(tiny_dir: Path, tmp_path: Path) -> None:
+    """So strongly taught that the drift is far from 0: it is the whole step's, and so are the thumbs' neighbours."""
+    taught = {"beta": 0.5, "learning_rate": 1e-2}
+    await _same_as_one(tmp_path, tiny_dir, "kto", ["replicate", "fsdp"], preference=taught)
 
 
 async def test_two_ranks_make_the_adapter_of_one_by_odds(tiny_dir: Path, tmp_path: Path) -> None:
