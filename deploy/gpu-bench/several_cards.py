@@ -32,6 +32,7 @@ from labeling.errors import NightschoolError  # noqa: E402
 from loop.executors import LocalExecutor  # noqa: E402
 from loop.machine_memory import this_machine, visible_cards  # noqa: E402
 from loop.memory_estimate import CUDA_CONTEXT, NCCL_BUFFERS  # noqa: E402
+from loop.methods import Method  # noqa: E402
 from loop.run_plan import planned  # noqa: E402
 from loop.trainers.spec import TrainSpec, read_result, read_rows, write_spec  # noqa: E402
 from loop.training_run import with_smaller_plans  # noqa: E402
@@ -44,7 +45,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Job:
-    """`cards` 0: as many as are asked for. `same_as`: the run whose adapter this one's must be."""
+    """`cards` 0: as many as are asked for. `same_as`: the run whose adapter this one's must be. `batch`: rows a step,
+    of which a pair is two, and a thumb with its mismatched partner, too."""
 
     name: str
     shape: str = "8b"
@@ -52,12 +54,15 @@ class Job:
     sharding: str = "replicate"
     quantisation: str = "nf4"
     backend: str = "peft"
+    method: Method = "sft"
     batch: int = 4
     length: int = 4096
     replay: float = 0.0
     mode: str = "auto"
     same_as: str = ""
 
+
+METHODS: tuple[Method, ...] = ("dpo", "kto")
 
 # In the order of what is wanted most: what does not fit into the minutes is left out.
 JOBS = (
@@ -76,6 +81,15 @@ JOBS = (
     Job("8b-nf4-unsloth-replicate", backend="unsloth"),
     Job("135m-nf4-one", "135m", 1, batch=16, length=256),
     Job("135m-nf4-fsdp", "135m", 0, "fsdp", batch=16, length=256, same_as="135m-nf4-one"),
+    Job("8b-nf4-dpo-one", cards=1, mode="on", method="dpo", batch=8),
+    Job("8b-nf4-dpo-replicate", mode="on", method="dpo", batch=8),
+    Job("8b-nf4-kto-one", cards=1, mode="on", method="kto", batch=8),
+    Job("8b-nf4-kto-replicate", mode="on", method="kto", batch=8),
+    *(
+        Job(f"135m-{method}-{way}", "135m", way == "one", "replicate" if way == "one" else way, quantisation="none",
+            method=method, batch=16, length=256, replay=0.4, same_as="" if way == "one" else f"135m-{method}-one")
+        for method in METHODS for way in ("one", "replicate", "fsdp")
+    ),
 )  # fmt: skip
 
 
@@ -105,18 +119,28 @@ class Bench:
         folder = self.out / job.name
         shutil.rmtree(folder, ignore_errors=True)
         length = 48 if self.tiny else job.length
-        shapes.write_rows(folder, [length - (number % 5) for number in range(2 * job.batch)], replay_share=job.replay)
+        self._write_data(folder, job, [length - (number % 5) for number in range(2 * job.batch)])
         return TrainSpec.model_validate(
             {
                 "base_dir": self.model("tiny" if self.tiny else job.shape), "base_name": "base",
                 "base_digest": "sha256:0", "data_dir": folder, "out_dir": folder / "out",
-                "quantisation": job.quantisation, "lora": {"rank": 16, "alpha": 16}, "lengths": {"max_length": length},
+                "method": job.method, "quantisation": job.quantisation, "lora": {"rank": 16, "alpha": 16},
+                "lengths": {"max_length": length},
                 "schedule": {"max_steps": STEPS, "batch_size": job.batch, "epochs": 100, "min_steps": STEPS,
                              "learning_rate": 2e-4, "replay_share": job.replay},
                 "cards": {"gpus": job.cards or self.cards, "sharding": job.sharding},
                 "memory": {"checkpointing": job.mode},
             }
         )  # fmt: skip
+
+    @staticmethod
+    def _write_data(folder: Path, job: Job, lengths: list[int]) -> None:
+        """Beside pairs or thumbs, nothing but replay: labels would be shown first."""
+        if job.method == "sft":
+            shapes.write_rows(folder, lengths, replay_share=job.replay)
+            return
+        shapes.write_rows(folder, lengths if job.replay else [], replay_share=1.0)
+        shapes.write_preferences(folder, lengths, thumbs=job.method == "kto")
 
     async def one(self, job: Job) -> None:
         """Whatever goes wrong with one run is told and stops no other."""
@@ -136,7 +160,7 @@ class Bench:
     async def _one(self, job: Job) -> None:
         backend = "peft" if self.tiny else job.backend
         spec = self.spec(job)
-        found = planned(spec, backend, read_rows(spec.data_dir), this_machine(spec.cards.gpus))
+        found = planned(spec, backend, read_rows(spec.data_dir, may_be_none=True), this_machine(spec.cards.gpus))
         spec, started = found.spec, time.monotonic()
         folder = spec.data_dir
         write_spec(spec, folder / "spec.json")
@@ -170,6 +194,7 @@ class Bench:
             job.name,
             cards=result.gpus,
             sharding=result.sharding,
+            method=job.method,
             tokens_per_s=round(speed),
             times_one_card=round(speed / of_one, 2) if of_one else None,
             peak_gib=round(measured / GIB, 2),

@@ -99,12 +99,30 @@ def write_rows(folder: Path, lengths: list[int], *, prompt_share: float = 0.3, r
     chance = random.Random(1)  # noqa: S311 - words, no secret
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for number, length in enumerate(lengths):
-            told = length - 6  # two characters before each message, one token after it
-            asked = max(int(told * prompt_share), 1)
             kind = "replay" if number % 5 < 5 * replay_share else "label"
-            texts = (("user", _text(chance, asked)), ("assistant", _text(chance, told - asked)))
-            messages = [{"role": role, "content": content} for role, content in texts]
+            messages = _messages(chance, length, prompt_share)
             file.write(json.dumps({"id": f"row-{number}", "kind": kind, "messages": messages}) + "\n")
+
+
+def write_preferences(folder: Path, lengths: list[int], *, thumbs: bool, prompt_share: float = 0.3) -> None:
+    """pairs.jsonl, with either answer a row of the length asked for, or thumbs.jsonl, every other one up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(2)  # noqa: S311 - words, no secret
+    with (folder / ("thumbs.jsonl" if thumbs else "pairs.jsonl")).open("w", encoding="utf-8") as file:
+        for number, length in enumerate(lengths):
+            messages = _messages(chance, length, prompt_share)
+            *prompt, answer = messages
+            other = _text(chance, len(answer["content"]))
+            pair = {"prompt": prompt, "chosen": answer["content"], "rejected": other}
+            unit = {"messages": messages, "good": number % 2 == 0} if thumbs else pair
+            file.write(json.dumps({"id": f"unit-{number}", **unit}) + "\n")
+
+
+def _messages(chance: random.Random, length: int, prompt_share: float) -> list[dict[str, str]]:
+    told = length - 6  # two characters before each message, one token after it
+    asked = max(int(told * prompt_share), 1)
+    texts = (("user", _text(chance, asked)), ("assistant", _text(chance, told - asked)))
+    return [{"role": role, "content": content} for role, content in texts]
 
 
 def _text(chance: random.Random, size: int) -> str:
