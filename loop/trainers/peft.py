@@ -1,6 +1,6 @@
 """`python -m loop.trainers.peft SPEC`: LoRA, QLoRA and full fine-tuning with transformers, peft and bitsandbytes.
 
-On a CPU or one GPU.
+On a CPU, one GPU or several.
 """
 
 from __future__ import annotations

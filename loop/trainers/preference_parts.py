@@ -78,8 +78,8 @@ class PreferenceParts:
     at_once: int | None = None  # tokens, padding included; a longer pair or row goes alone
 
     def __call__(self, step: Step, team: Team = ALONE) -> StepParts:
-        """A rank's share of a step. Where ranks hold the base together, each has as many parts of every kind as the one
-        that has most: of units the base is asked first, of replay by KL too, and a pass that one makes all make."""
+        """A rank's share of a step. Where ranks hold the base together, each has as many parts of a kind as the one
+        that has most: a part of another kind passes through the model another number of times."""
         units, held = step
         dealt = self.deal(step, team.size)
         of_units, of_held = [self._unit_parts(own) for own, _ in dealt], [self._held_parts(own) for _, own in dealt]

@@ -291,6 +291,9 @@ def test_a_card_is_planned_its_share_of_the_preferences(tmp_path: Path) -> None:
     pairs = [RowSize(100, 40, replay=False)] * 24
     assert [heaviest("dpo", gpus).tokens for gpus in (1, 2, 3, 4, 8)] == [800, 400, 400, 200, 200]
     assert [heaviest("kto", gpus).tokens for gpus in (1, 2, 3, 8)] == [400, 200, 200, 100]
+    for gpus in (1, 2, 4):  # as `nightschool plan` tells beforehand, which knows rows alone
+        asked = Question(NAMED["8B"], "lora", GIB, gpus=gpus, length=100, batch=8)
+        assert asked.work.tokens == heaviest("dpo", gpus).tokens
     assert [heaviest("dpo", gpus, replay=40).tokens for gpus in (1, 2, 3)] == [3 * 900, 2 * 900, 900]
 
 
