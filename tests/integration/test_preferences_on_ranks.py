@@ -28,7 +28,9 @@ def prepare(
 
     All thumbs are up: answers to whatever question gain then, and the drift that kto measures is above 0.
     """
-    recipe = _recipe(method, steps=4, threads=1, lengths={"at_once": 90}, cards={"gpus": gpus, "sharding": sharding})
+    recipe = _recipe(
+        method, steps=4, threads=1, memory={"micro_tokens": 90}, cards={"gpus": gpus, "sharding": sharding}
+    )
     recipe["schedule"] |= {"batch_size": 7, "save_steps": 2, "replay_share": 0.3}
     labels = method == "sft+dpo"
     spec = _prepare(folder, base_dir, _rows(labels=labels), **(recipe | changed))
@@ -56,15 +58,15 @@ async def _same_as_one(tmp_path: Path, base_dir: Path, method: str, ways: list[s
             told = {
                 name: (one[name], other[name]) for name in FIGURES if one[name] is not None or other[name] is not None
             }
-            print(way, told)
             assert one["objective"] == other["objective"]
             for name, (expected, found) in told.items():
                 assert found == pytest.approx(expected, rel=2e-2, abs=1e-4), f"{name} of step {one['step']}, {way}"
         moved, other_moved = (_moved(adapter(spec)) for spec in (alone, several))
-        print(way, away(moved, other_moved))
         assert away(moved, other_moved) < 0.04
         assert second is not None
         assert (second.gpus, second.sharding, second.method) == (2, way, method)
+        assert second.memory is not None
+        assert second.memory.plan.micro_batches > 1, "in parts, of which one rank has more than the other"
         assert (second.steps, second.tokens, second.examples) == (first.steps, first.tokens, first.examples)
         assert second.final_margin == (first.final_margin and pytest.approx(first.final_margin, rel=1e-2))
         assert not list(several.out_dir.glob("phase-*"))

@@ -72,7 +72,7 @@ async def test_several_ranks_make_the_adapter_of_one(
 ) -> None:
     """The same losses, gradient norms and learning rates at each step, and the same weights, but for rounding; with
     parts of steps, replay held by KL, and more ranks than some steps have rows."""
-    changed: dict[str, Any] = {"quantisation": quantisation, "lengths": {"at_once": 60}}
+    changed: dict[str, Any] = {"quantisation": quantisation, "memory": {"micro_tokens": 60}}
     alone = prepare(tmp_path / "alone", tiny_dir, **changed)
     several = prepare(tmp_path / "several", tiny_dir, gpus, sharding, **changed)
     lines: dict[str, list[dict[str, Any]]] = {"alone": [], "several": []}
@@ -85,6 +85,8 @@ async def test_several_ranks_make_the_adapter_of_one(
     result = read_result(several.out_dir)
     assert result is not None
     assert (result.steps, result.gpus, result.sharding) == (6, gpus, sharding)
+    assert result.memory is not None
+    assert result.memory.plan.micro_batches > 1, "in parts"
     assert result.tokens == read_result(alone.out_dir).tokens  # type: ignore[union-attr]
     assert len([line for line in lines["several"] if line["step"] == 1]) == 1
 
