@@ -1,7 +1,7 @@
 """One, two (or more) cards through the product's own path: tokens a second, memory against the estimate, and whether
 the adapter is the same.
 
-    python deploy/gpu-bench/several_cards.py [--cards 2] [--only REGEX] [--minutes 7] [--out DIR] [--tiny]
+    python deploy/gpu-bench/several_cards.py [--cards 2] [--only REGEX] [--minutes 7] [--out DIR] [--python P] [--tiny]
 
 From the repository's root. A JSON line a run, on stdout and in DIR/several_cards.jsonl, and one that compares them.
 `--tiny`: ranks on a CPU with small models, to try the bench itself.
@@ -81,6 +81,19 @@ JOBS = (
     Job("8b-nf4-unsloth-replicate", backend="unsloth"),
     Job("135m-nf4-one", "135m", 1, batch=16, length=256),
     Job("135m-nf4-fsdp", "135m", 0, "fsdp", batch=16, length=256, same_as="135m-nf4-one"),
+    Job("135m-axolotl-one", "135m", 1, batch=16, length=256, quantisation="none", backend="axolotl"),
+    *(
+        Job(f"135m-axolotl-{way}{'-one-card' * one_card}", "135m", int(one_card), way, quantisation="none", batch=16,
+            length=256, backend="axolotl", same_as="135m-axolotl-one")
+        for way, one_card in (("zero3", True), ("replicate", False), ("zero3", False), ("fsdp", False))
+    ),
+    Job("8b-nf4-axolotl-one", cards=1, mode="on", backend="axolotl"),
+    Job("8b-nf4-axolotl-replicate", mode="on", backend="axolotl"),
+    Job("8b-bf16-axolotl-one", cards=1, mode="on", backend="axolotl", quantisation="none"),
+    Job("8b-bf16-axolotl-zero3", sharding="zero3", mode="on", backend="axolotl", quantisation="none"),
+    Job("8b-bf16-axolotl-fsdp", sharding="fsdp", mode="on", backend="axolotl", quantisation="none"),
+    Job("8b-nf4-axolotl-zero3", sharding="zero3", mode="on", backend="axolotl"),
+    Job("8b-nf4-axolotl-fsdp", sharding="fsdp", mode="on", backend="axolotl"),
     Job("8b-nf4-dpo-one", cards=1, mode="on", method="dpo", batch=8),
     Job("8b-nf4-dpo-replicate", mode="on", method="dpo", batch=8),
     Job("8b-nf4-kto-one", cards=1, mode="on", method="kto", batch=8),
@@ -99,6 +112,7 @@ class Bench:
     models: Path
     cards: int
     tiny: bool
+    python: str  # of the trainers; empty: this one
     until: float
     speeds: dict[str, float] = field(default_factory=dict)
 
@@ -158,7 +172,7 @@ class Bench:
             self.tell(job.name, failed=str(error)[-800:], log=tail)
 
     async def _one(self, job: Job) -> None:
-        backend = "peft" if self.tiny else job.backend
+        backend = "peft" if self.tiny and job.backend == "unsloth" else job.backend
         spec = self.spec(job)
         found = planned(spec, backend, read_rows(spec.data_dir, may_be_none=True), this_machine(spec.cards.gpus))
         spec, started = found.spec, time.monotonic()
@@ -173,6 +187,7 @@ class Bench:
                 on_progress=lines.append,
                 log_path=folder / "trainer.log",
                 environment=passed_on,
+                python=self.python or None,
             ),
             spec.out_dir,
             lambda plan: lines.clear(),
@@ -189,7 +204,7 @@ class Bench:
         beside = CUDA_CONTEXT + (NCCL_BUFFERS if spec.cards.gpus > 1 else 0) if on_card else 0
         measured = result.memory.measured_bytes - (CUDA_CONTEXT if on_card else 0)
         estimated = plan.estimated_bytes - beside
-        of_one = self.speeds.get(re.sub(r"-(replicate|fsdp)$", "-one", job.name))
+        of_one = self.speeds.get(re.sub(r"-(replicate|fsdp|zero3)$", "-one", job.name))
         self.tell(
             job.name,
             cards=result.gpus,
@@ -238,11 +253,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7, help="of all together; what doesn't fit is left out")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench-results/several-cards"))
     parser.add_argument("--models", type=Path, default=Path("/tmp/gpu-bench-models"), help="16 GB for all shapes")  # noqa: S108
+    parser.add_argument("--python", default="", help="the trainers' own, as trainer.python: of axolotl or Unsloth")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try the bench itself")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     cards = given.cards or (2 if given.tiny else len(visible_cards()))
-    bench = Bench(given.out.resolve(), given.models, cards, given.tiny, time.monotonic() + 60 * given.minutes)
+    bench = Bench(
+        given.out.resolve(), given.models, cards, given.tiny, given.python, time.monotonic() + 60 * given.minutes
+    )
     return asyncio.run(run(bench, [job for job in JOBS if re.search(given.only, job.name)]))
 
 

@@ -79,11 +79,8 @@ def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
     if team().leads:
         _prepare(job, on_gpu=torch.cuda.is_available())
     team().wait()
-    from loop.trainers.planned_run import peak_memory_bytes  # after axolotl: it changes what this builds upon
-
     since = time.monotonic()
-    trainer = _train(job, channel)
-    peak = int(team().most(peak_memory_bytes()))
+    trainer, peak = _train(job, channel)
     if not team().leads:
         return
     _write_result(job, trainer, time.monotonic() - since, peak)
@@ -201,8 +198,9 @@ def _yaml(config: dict[str, Any]) -> str:
     return text
 
 
-def _train(job: Job, channel: Channel) -> Any:
-    """axolotl's own steps: configuration (its schema refuses what is wrong), data, training; its trainer at the end.
+def _train(job: Job, channel: Channel) -> tuple[Any, int]:
+    """axolotl's own steps: configuration (its schema refuses what is wrong), data, training. Its trainer at the end,
+    and the most memory, in bytes, that a rank has taken. It leaves no process group: ranks are alone from there on.
 
     It goes on from the newest checkpoint there is.
     """
@@ -232,7 +230,7 @@ def _train(job: Job, channel: Channel) -> Any:
     set_seed(spec.seed)  # axolotl sets it too, but only once the adapter has its first, random weights
     _, _, trainer = train(cfg=cfg, dataset_meta=data)
     governor.raise_if_parked(trainer.state.global_step)
-    return trainer
+    return trainer, Told.peak_bytes
 
 
 def _write_result(job: Job, trainer: Any, seconds: float, peak: int) -> None:

@@ -10,13 +10,15 @@ from transformers import TrainerCallback
 from transformers.trainer import unwrap_peft_model
 
 from loop.trainers.governor import Governor
-from loop.trainers.planned_run import Reporter
+from loop.trainers.planned_run import Reporter, peak_memory_bytes
+from loop.trainers.team import team
 
 
 class Told(BasePlugin):
     """`callbacks` are set by the trainer process before axolotl makes its trainer."""
 
     callbacks: tuple[Governor, Reporter] | None = None
+    peak_bytes = 0  # as `peak_memory_bytes`: of this rank while it trains, at the end the highest of all
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         if Told.callbacks is None:
@@ -43,6 +45,14 @@ class _Numbers(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self._reporter.on_step_begin(args, state, control, **rest)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """axolotl's log forgets the peak after each step."""
+        Told.peak_bytes = max(Told.peak_bytes, peak_memory_bytes())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Now: once axolotl has trained, its ranks hear nothing of each other any more."""
+        Told.peak_bytes = int(team().most(Told.peak_bytes))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
         if "loss" in logs:

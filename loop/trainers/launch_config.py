@@ -64,7 +64,9 @@ def zero3_config(spec: TrainSpec) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
+            # None stays whole on every card: after a step DeepSpeed 0.18.9 gathers these as if all had one dtype, and
+            # norms in bfloat16 lie beside an adapter in float32 (`_allgather_params_coalesced`).
+            "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
             "offload_optimizer": {"device": "none"},
             "offload_param": {"device": "none"},

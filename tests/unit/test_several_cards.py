@@ -159,7 +159,7 @@ def test_zero3_is_as_transformers_reads_it(tmp_path: Path) -> None:
     assert config["zero_optimization"]["stage"] == 3
     assert json.loads(json.dumps(config)) == config
     filled = {
-        *("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("reduce_bucket_size", "stage3_prefetch_bucket_size"),
         *("enabled", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"),
     }
     assert set(_autos(config)) == filled
