@@ -179,7 +179,7 @@ def _prepare(job: Job, *, on_gpu: bool) -> None:
     )
     write_durably(folder / CONFIG, _yaml(config).encode())
     if spec.cards.sharding == "zero3":
-        write_durably(folder / ZERO3, json.dumps(zero3_config(spec), indent=1).encode())
+        write_durably(folder / ZERO3, json.dumps(zero3_config(spec, on_gpu=on_gpu), indent=1).encode())
     forget_incomplete(folder / OUT)
 
 
@@ -219,6 +219,7 @@ def _train(job: Job, channel: Channel) -> tuple[Any, int]:
     rate = spec.schedule.learning_rate if spec.method == "sft" else spec.preference.learning_rate
     spec = spec.model_copy(update={"schedule": spec.schedule.model_copy(update={"learning_rate": rate})})
     governor = Governor(job.pace, spec, channel, checkpoint)
+    Told.schedule = spec.schedule
     Told.callbacks = governor, Reporter(channel, job.data.tokens, job.digest, governor)
     try:
         cfg = load_cfg(str(config))

@@ -11,6 +11,8 @@ from transformers.trainer import unwrap_peft_model
 
 from loop.trainers.governor import Governor
 from loop.trainers.planned_run import Reporter, peak_memory_bytes
+from loop.trainers.sft_loop import scheduler_of
+from loop.trainers.spec import ScheduleSpec
 from loop.trainers.team import team
 
 
@@ -18,6 +20,7 @@ class Told(BasePlugin):
     """`callbacks` are set by the trainer process before axolotl makes its trainer."""
 
     callbacks: tuple[Governor, Reporter] | None = None
+    schedule: ScheduleSpec | None = None
     peak_bytes = 0  # as `peak_memory_bytes`: of this rank while it trains, at the end the highest of all
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
@@ -25,6 +28,15 @@ class Told(BasePlugin):
             return []
         governor, reporter = Told.callbacks
         return [governor, _Numbers(reporter)]
+
+    def create_lr_scheduler(self, cfg: Any, trainer: Any, optimizer: Any, num_training_steps: int) -> Any:
+        """The very rates of the other backends: axolotl's own count the steps of a warm-up otherwise, and its one_cycle
+        does not know DeepSpeed's optimizer, in which the one that steps lies."""
+        if Told.schedule is None:
+            return None
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return scheduler_of(optimizer, Told.schedule, num_training_steps)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Every answer token of a step weighs the same, in whichever part or on whichever card it is.

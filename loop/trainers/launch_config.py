@@ -55,8 +55,12 @@ def fsdp_config() -> dict[str, Any]:
     }
 
 
-def zero3_config(spec: TrainSpec) -> dict[str, Any]:
-    """`"auto"`: as the trainer's own arguments say, which transformers fills in."""
+def zero3_config(spec: TrainSpec, *, on_gpu: bool) -> dict[str, Any]:
+    """`"auto"`: as the trainer's own arguments say, which transformers fills in.
+
+    Not so the width: the base is read before, and would be widened to float32, which DeepSpeed 0.18.9 then can't gather
+    together with an adapter in bfloat16.
+    """
     return {
         "zero_optimization": {
             "stage": 3,
@@ -64,14 +68,12 @@ def zero3_config(spec: TrainSpec) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
-            # None stays whole on every card: after a step DeepSpeed 0.18.9 gathers these as if all had one dtype, and
-            # norms in bfloat16 lie beside an adapter in float32 (`_allgather_params_coalesced`).
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": "auto",
             "stage3_gather_16bit_weights_on_model_save": True,
             "offload_optimizer": {"device": "none"},
             "offload_param": {"device": "none"},
         },
-        "bf16": {"enabled": "auto"},
+        "bf16": {"enabled": on_gpu},
         "gradient_clipping": spec.schedule.max_grad_norm,
         "gradient_accumulation_steps": "auto",
         "train_micro_batch_size_per_gpu": "auto",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from loop.adapter_files import check, read_base_config
 from loop.executors import ChildControl, ChildCrashed, ChildFailed, LocalExecutor
 from loop.settings import LINEAR_LAYERS
 from loop.trainers.preference_rows import write_preferences
+from loop.trainers.sft_loop import scheduler_of
 from loop.trainers.spec import TrainSpec, read_result, write_spec
 from tests.conftest import ROOT
 from tests.integration.test_preference_training import THINGS, _pairs, _thumbs
@@ -64,6 +66,16 @@ async def _train(spec: TrainSpec, park_at: int = 0, kill_at: int = 0) -> list[di
 def _plan(checkpointing: str, tokens: int) -> dict[str, Any]:
     sizes = {"estimated_bytes": 1, "budget_bytes": 10**9, "tokens_per_s": 1}
     return {"checkpointing": checkpointing, "micro_tokens": tokens, "device": "cpu", **sizes}
+
+
+def _rates(spec: TrainSpec, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=spec.schedule.learning_rate)
+    scheduler, rates = scheduler_of(optimizer, spec.schedule, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
 
 
 def _away(spec: TrainSpec, other: TrainSpec) -> float:
@@ -139,18 +151,24 @@ async def test_axolotl_keeps_to_the_limits_of_a_watched_training(tiny_dir: Path,
 
 
 async def test_a_step_in_parts_or_shared_out_is_the_same_step(tiny_dir: Path, tmp_path: Path) -> None:
-    """All rows at once; one after the other with checkpointing; and so under DeepSpeed's ZeRO-3, killed on the way."""
-    whole = _prepare(tmp_path / "whole", tiny_dir, **RECIPE, memory={"plans": [_plan("off", 10_000)]})
+    """All rows at once; one after the other with checkpointing; and so under DeepSpeed's ZeRO-3, killed on the way.
+
+    The rates are those of every backend.
+    """
+    recipe: dict[str, Any] = {**RECIPE, "schedule": {**RECIPE["schedule"], "scheduler": "one_cycle"}}
+    whole = _prepare(tmp_path / "whole", tiny_dir, **recipe, memory={"plans": [_plan("off", 10_000)]})
     parts: dict[str, Any] = {"memory": {"plans": [_plan("on", 1)], "checkpointing": "on", "micro_tokens": 1}}
-    halves = _prepare(tmp_path / "parts", tiny_dir, **RECIPE, **parts)
-    shared = _prepare(tmp_path / "zero3", tiny_dir, **RECIPE, **parts, cards={"sharding": "zero3"})
+    halves = _prepare(tmp_path / "parts", tiny_dir, **recipe, **parts)
+    shared = _prepare(tmp_path / "zero3", tiny_dir, **recipe, **parts, cards={"sharding": "zero3"})
     lines = await _train(whole)
+    assert [line["learning_rate"] for line in lines] == pytest.approx(_rates(whole, 6))
     by_step = {line["step"]: pytest.approx(line["loss"], rel=1e-5) for line in lines}
     assert {line["step"]: line["loss"] for line in await _train(halves)} == by_step
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(shared, kill_at=5)
     resumed = await _train(shared)
     assert resumed[0]["step"] == 5
+    assert [line["learning_rate"] for line in resumed] == pytest.approx(_rates(shared, 6)[4:])
     assert {line["step"]: line["loss"] for line in resumed} == {step: by_step[step] for step in (5, 6)}
     (config,) = halves.out_dir.glob("axolotl-*/config.yaml")
     written = yaml.safe_load(config.read_text())

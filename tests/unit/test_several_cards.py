@@ -154,13 +154,14 @@ def test_accelerates_plugin_reads_what_its_launcher_tells(tmp_path: Path) -> Non
 
 def test_zero3_is_as_transformers_reads_it(tmp_path: Path) -> None:
     """Stage 3, and every "auto" one that transformers fills in."""
-    config = zero3_config(spec_of(tmp_path, schedule={"max_grad_norm": 0.3}))
+    config = zero3_config(spec_of(tmp_path, schedule={"max_grad_norm": 0.3}), on_gpu=True)
     assert config["gradient_clipping"] == 0.3
+    assert config["bf16"]["enabled"] is True
     assert config["zero_optimization"]["stage"] == 3
     assert json.loads(json.dumps(config)) == config
     filled = {
-        *("reduce_bucket_size", "stage3_prefetch_bucket_size"),
-        *("enabled", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"),
+        *("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"),
     }
     assert set(_autos(config)) == filled
 
