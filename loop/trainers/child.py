@@ -168,6 +168,11 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     rows = read_rows(spec.data_dir, may_be_none=spec.method != "sft")
     if spec.finetuning_type == "full" and backend.name != "peft":
         raise NotByThisBackend(f"the {backend.name} backend does no full fine-tune that an adapter could carry")
+    if spec.finetuning_type == "full" and spec.cards.launched:
+        raise NotByThisBackend(
+            "a full fine-tune is trained on one card here",
+            hint='Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.finetuning_type = "lora".',
+        )
     digest = unfinished(spec)
     if digest is None:
         return

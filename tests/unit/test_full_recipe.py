@@ -84,6 +84,16 @@ def test_only_peft_does_it(backend: str, tmp_path: Path) -> None:
             child.run(spec, other, Channel())
 
 
+@pytest.mark.parametrize("cards", [{"gpus": 2}, {"sharding": "fsdp"}])
+def test_it_is_done_on_one_card(cards: dict[str, Any], tmp_path: Path) -> None:
+    """Refused before the night, and by a trainer that gets such a spec all the same: ranks would train an adapter."""
+    ((what, _),) = limits(TrainerSettings.model_validate(FULL | cards), "sft", continues=False, replay_rows=9).refused
+    assert "on one card" in what
+    (tmp_path / "train.jsonl").write_text(_row().model_dump_json() + "\n")
+    with pytest.raises(child.NotByThisBackend, match="on one card"):
+        child.run(spec_in(tmp_path, **FULL, **cards), child.Backend(start=_never, load=_never), Channel())
+
+
 def test_peft_does_it_and_says_what_it_leaves_unused() -> None:
     found = limits(TrainerSettings.model_validate({**FULL, "dropout": 0.1}), "sft", continues=True, replay_rows=9)
     assert found.refused == ()
