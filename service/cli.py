@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from importlib import import_module
+from logging import WARNING
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ Project = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Why = Annotated[str, typer.Option("--why", help="Stands in the record of promotions.")]
 DEFAULT = Path("nightschool.toml")
+_own_process = ContextVar("own_process", default=False)  # else a test's, which logs as it wants
 
 app = typer.Typer(
     name="nightschool",
@@ -41,13 +44,12 @@ queue = typer.Typer(
     help="The review queue: what waits, why in that order, what choosing has brought.", no_args_is_help=True
 )
 app.add_typer(queue, name="queue")
-
-
 app.add_typer(gold, name="gold")
 
 
 def main() -> None:
     """Entry point: a user's mistake ends in two lines on stderr and exit code 1, never in a traceback."""
+    _own_process.set(True)
     try:
         app()
     except NightschoolError as error:
@@ -58,6 +60,9 @@ def main() -> None:
 
 
 def _call(where: str, *args: Any, **kwargs: Any) -> None:
+    """Standard output is the command's own; warnings go to stderr. A command that runs for long says more there."""
+    if _own_process.get():
+        import_module("service.logging").configure(json=False, level=WARNING)
     module, _, function = where.partition(":")
     getattr(import_module(f"service.{module}"), function)(*args, **kwargs)
 

@@ -6,13 +6,11 @@ import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from logging import WARNING
 
 from rich.console import Console
 from rich.table import Table
 
 from labeling.errors import InvalidInput
-from service import logging
 from service.bench.figure import Figure, Say
 from service.bench.promises import whole
 
@@ -35,7 +33,6 @@ class UnknownBench(InvalidInput):
 def run(name: str, *, as_json: bool) -> None:
     if name != "all" and name not in BENCHES:
         raise UnknownBench(f"there is no bench {name!r}", hint=f"One of: all, {', '.join(sorted(BENCHES))}.")
-    logging.configure(json=False, level=WARNING)  # to stderr: standard output is for the figures
     wanted = sorted(BENCHES) if name == "all" else [name]
     figures = [figure for bench in wanted for figure in whole(bench, _bench(bench)(_say))]
     if as_json:

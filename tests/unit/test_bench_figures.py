@@ -83,6 +83,7 @@ LOGS_MEANWHILE = """
 import sys, types
 import structlog
 from service.bench.promises import held
+from service.cli import main
 from service.commands import bench
 module = types.ModuleType("service.bench.talking")
 def run(say):
@@ -91,7 +92,8 @@ def run(say):
 module.run = run
 sys.modules["service.bench.talking"] = module
 bench.BENCHES["queue"] = "talking"
-bench.run("queue", as_json=True)
+sys.argv = ["nightschool", "bench", "queue", "--json"]
+main()
 """
 
 
