@@ -84,7 +84,7 @@ def _plan(spec: TrainSpec) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(spec.base_dir, local_files_only=True)
     stop = frozenset({tokenizer.eos_token_id})
-    examples = tokenise(read_rows(spec.data_dir), tokenizer, stop, spec.lengths.max_length)
+    examples = list(tokenise(read_rows(spec.data_dir), tokenizer, stop, spec.lengths.max_length))
     lengths = [len(example.tokens) for example in examples]
     plan = plan_batches(lengths, spec.schedule, spec.seed, [example.replay for example in examples])
     return [[lengths[row] for row in batch] for batch in plan]

@@ -60,7 +60,7 @@ def audit(spec: TrainSpec, folder: Path, channel: Channel) -> None:
     within_embedding(tokenizer, stops, read_weights(spec.base_dir).embedding_rows)
     rows = _spread(_rows(spec))
     whole = [same_bytes(row, tokenizer) for row in rows]
-    examples = tokenise(rows, tokenizer, stops, spec.lengths.max_length)
+    examples = list(tokenise(rows, tokenizer, stops, spec.lengths.max_length))
     end_is_learnt(examples, stops, tokenizer.pad_token_id or 0, trained_tokens)
     found = Audit(
         rows=len(rows),

@@ -131,7 +131,7 @@ def _data(spec: TrainSpec, tokenizer: Any) -> Data:
 
     stops, longest = stop_ids(spec.base_dir, tokenizer), spec.lengths.max_length
     if spec.method == "sft":
-        examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, longest)
+        examples = list(tokenise(read_rows(spec.data_dir), tokenizer, stops, longest))
         plan, _ = plan_examples(examples, spec.schedule, spec.seed)
         order = [row for batch in plan for row in batch]
         size = spec.schedule.batch_size

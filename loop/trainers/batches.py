@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from loop.trainers.rows import Example, parts_of
@@ -103,19 +104,20 @@ class Batches:
         packed = self.packed and not (self.even and min(lengths) == max(lengths))
         starts = [0, *accumulate(lengths)] if packed else [max(lengths) * row for row in range(len(rows))]
         at: list[int] = []
-        targets: list[int] = []
+        targets: list[Sequence[int]] = []
         for row, start in zip(rows, starts, strict=False):
             example = self.examples[row]
             at += range(start + example.answer_start - 1, start + len(example.tokens) - 1)
             if not self._is_held(row):
-                targets += example.tokens[example.answer_start :]
+                targets.append(example.tokens[example.answer_start :])
+        trained = _flat(targets)
         part = Part(
             input_ids=self._packed_ids(rows) if packed else self._padded_ids(rows, max(lengths)),
             at=torch.tensor(at, dtype=torch.int64),
-            targets=torch.tensor(targets, dtype=torch.int64),
+            targets=trained,
             held_rows=tuple(row for row in rows if self._is_held(row)),
-            total_targets=len(targets),
-            total_held=len(at) - len(targets),
+            total_targets=len(trained),
+            total_held=len(at) - len(trained),
         )
         if not packed:
             return part
@@ -127,11 +129,16 @@ class Batches:
         )
 
     def _packed_ids(self, rows: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([[token for row in rows for token in self.examples[row].tokens]])
+        return _flat([self.examples[row].tokens for row in rows])[None]
 
     def _padded_ids(self, rows: Sequence[int], width: int) -> torch.Tensor:
         """Padded on the right: causal attention then needs no mask."""
         ids = torch.full((len(rows), width), self.pad_id)
         for number, row in enumerate(rows):
-            ids[number, : len(self.examples[row].tokens)] = torch.tensor(self.examples[row].tokens)
+            ids[number, : len(self.examples[row].tokens)] = _flat([self.examples[row].tokens])
         return ids
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """End to end."""
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(np.asarray(row, np.int64) for row in rows)]))

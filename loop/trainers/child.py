@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,12 +182,15 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     import torch
     from transformers import set_seed
 
+    from loop.trainers.token_store import FOLDER, kept
+
     channel.mark("imported")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     tokenizer = load_tokenizer(spec)
     stops = stop_ids(spec.base_dir, tokenizer)
-    data = _data(spec, tokenise(rows, tokenizer, stops, spec.lengths.max_length), tokenizer, stops)
+    made = partial(tokenise, rows, tokenizer, stops, spec.lengths.max_length)
+    data = _data(spec, kept(spec.out_dir / FOLDER, digest, made), tokenizer, stops)
     memory = settled_memory(spec, backend.name, data.heaviest(spec), digest)
     spec = memory.settled(spec) if memory else without_plan(spec)
     limit_memory(spec)
@@ -251,6 +255,7 @@ def _train_and_write(
     from loop.trainers.checkpoints import CHECKPOINTS
     from loop.trainers.extraction import extract
     from loop.trainers.phases import train_phases
+    from loop.trainers.token_store import FOLDER
 
     trained = train_phases(spec, model, tokenizer, data, digest, channel, memory)
     if not team().leads:
@@ -285,7 +290,7 @@ def _train_and_write(
         memory=memory.outcome(trained.peak_memory_bytes) if memory else None,
     )
     write_durably(spec.out_dir / "result.json", result.model_dump_json(indent=1).encode())
-    for folder in (spec.out_dir / CHECKPOINTS, *spec.out_dir.glob("phase-*")):
+    for folder in (spec.out_dir / CHECKPOINTS, spec.out_dir / FOLDER, *spec.out_dir.glob("phase-*")):
         shutil.rmtree(folder, ignore_errors=True)
 
 

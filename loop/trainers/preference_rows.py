@@ -94,7 +94,7 @@ def _thumbed(thumbs: Sequence[Thumb]) -> list[Row]:
 def pair_units(pairs: Iterable[Pair], tokenizer: Any, stop_ids: frozenset[int], max_length: int) -> list[Unit]:
     """Both answers through the template of the base, like every other row; too long ones are refused by name."""
     pairs = list(pairs)
-    made = tokenise(_sides(pairs), tokenizer, stop_ids, max_length)
+    made = list(tokenise(_sides(pairs), tokenizer, stop_ids, max_length))
     return [Unit(pair.id, (made[2 * n], made[2 * n + 1])) for n, pair in enumerate(pairs)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,27 +20,33 @@ class UnfitTemplate(InvalidInput):
 
 @dataclass(frozen=True)
 class Example:
-    """`tokens[answer_start:]` are the answer and the end-of-turn token: the part that the loss is on."""
+    """`tokens[answer_start:]` are the answer and the end-of-turn token: the part that the loss is on.
+
+    Tokens are a tuple, or an array of int32 that is mapped from a file.
+    """
 
     id: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     answer_start: int
     replay: bool
 
 
-def tokenise(rows: Sequence[Row], tokenizer: Any, stop_ids: frozenset[int], max_length: int) -> list[Example]:
-    """Rows through the model's own template. Nothing is ever cut: rows that are too long are refused, all at once."""
+def tokenise(rows: Sequence[Row], tokenizer: Any, stop_ids: frozenset[int], max_length: int) -> Iterator[Example]:
+    """Rows through the model's own template. Nothing is ever cut: rows that are too long are refused, all at once, when
+    the last one has been seen."""
     if not tokenizer.chat_template:
         raise UnfitTemplate("the base's tokenizer has no chat template")
-    examples = [_example(row, tokenizer, stop_ids) for row in rows]
-    long = [example for example in examples if len(example.tokens) > max_length]
+    long: list[str] = []
+    for row in rows:
+        example = _example(row, tokenizer, stop_ids)
+        if len(example.tokens) > max_length:
+            long.append(f"{example.id} ({len(example.tokens)})")
+        yield example
     if long:
-        named = ", ".join(f"{example.id} ({len(example.tokens)})" for example in long[:10])
         raise BadRows(
-            f"{len(long)} of {len(examples)} rows are longer than max_length = {max_length} tokens: {named}",
+            f"{len(long)} of {len(rows)} rows are longer than max_length = {max_length} tokens: {', '.join(long[:10])}",
             hint="Raise trainer.max_length or shorten these labels; rows are never cut silently.",
         )
-    return examples
 
 
 def _example(row: Row, tokenizer: Any, stop_ids: frozenset[int]) -> Example:

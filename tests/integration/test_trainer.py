@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from loop.executors import ChildCrashed, ChildFailed, ChildNotStarted, LocalExecutor
 from loop.trainers import peft as peft_backend
-from loop.trainers import served_base
+from loop.trainers import served_base, token_store
 from loop.trainers.planned_run import compute_dtype
 from loop.trainers.served_base import unquantise
 from loop.trainers.spec import Progress, TrainResult, TrainSpec, read_result, write_spec
@@ -196,8 +196,16 @@ async def test_a_killed_trainer_goes_on_from_its_checkpoint_to_the_same_adapter(
     with pytest.raises(ChildCrashed, match="killed"):
         await _train(broken.out_dir, kill_at_five)
     assert read_result(broken.out_dir) is None
+    tokens = broken.out_dir / token_store.FOLDER
+    made = (tokens / token_store.MANIFEST).stat().st_mtime_ns
     resumed: list[dict[str, Any]] = []
-    await _train(broken.out_dir, resumed.append)
+
+    def go_on(line: dict[str, Any]) -> None:
+        resumed.append(line)
+        assert (tokens / token_store.MANIFEST).stat().st_mtime_ns == made, "rows are not tokenised a second time"
+
+    await _train(broken.out_dir, go_on)
+    assert not tokens.exists()
     assert resumed[0]["step"] in {5, 7}
     assert resumed[-1]["step"] == 8
     for line in resumed:

@@ -127,7 +127,7 @@ def test_padding_with_the_end_keeps_the_end_in_the_loss(tmp_path: Path, trained:
     tokenizer = load_tokenizer(spec)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
     stops = stop_ids(spec.base_dir, tokenizer)
-    examples = tokenise(read_rows(spec.data_dir), tokenizer, stops, 1024)
+    examples = list(tokenise(read_rows(spec.data_dir), tokenizer, stops, 1024))
     end_is_learnt(examples, stops, END, trained_tokens)
     with pytest.raises(EndNotLearnt, match=said):
         end_is_learnt(examples, stops, END, trained)

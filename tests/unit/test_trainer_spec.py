@@ -164,7 +164,7 @@ def test_the_run_digest_follows_what_decides_the_adapter(tmp_path: Path) -> None
 
 def test_the_answer_and_its_end_are_trained_and_nothing_else() -> None:
     """Prompt and generation prompt stay out; the end-of-turn token is in; what the template writes after it is not."""
-    example = tokenise([_row()], _tokenizer(TEMPLATE), END, 64)[0]
+    example = next(tokenise([_row()], _tokenizer(TEMPLATE), END, 64))
     words = [WORDS[token] for token in example.tokens]
     assert words[: example.answer_start] == ["<user>", "who", "founded", "it", "<end>", "<after>", "<bot>"]
     assert words[example.answer_start :] == ["Ines", "did", "<end>"]
@@ -173,13 +173,13 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else() -> None:
 def test_a_template_whose_prompt_is_no_prefix_is_refused() -> None:
     """Otherwise the loss would be on the wrong tokens."""
     with pytest.raises(UnfitTemplate, match=r"row l1.*not the beginning"):
-        tokenise([_row()], _tokenizer(TEMPLATE.replace("<bot> {% endif", "<user> {% endif")), END, 64)
+        list(tokenise([_row()], _tokenizer(TEMPLATE.replace("<bot> {% endif", "<user> {% endif")), END, 64))
 
 
 def test_a_template_that_never_ends_an_answer_is_refused() -> None:
     """A model trained on it would never stop."""
     with pytest.raises(UnfitTemplate, match="ends no answer"):
-        tokenise([_row()], _tokenizer(TEMPLATE.replace("<end><after>", "")), END, 64)
+        list(tokenise([_row()], _tokenizer(TEMPLATE.replace("<end><after>", "")), END, 64))
 
 
 def test_long_rows_are_refused_by_name_and_never_cut() -> None:
@@ -187,7 +187,7 @@ def test_long_rows_are_refused_by_name_and_never_cut() -> None:
     rows = [_row("short"), _row("long-1", answer="Ines did " * 6), _row("long-2", answer="Ines did " * 7)]
     tokenizer = _tokenizer(TEMPLATE)
     with pytest.raises(BadRows, match=r"2 of 3 rows .*long-1 \(20\), long-2 \(22\)"):
-        tokenise(rows, tokenizer, END, 19)
+        list(tokenise(rows, tokenizer, END, 19))
     assert [len(example.tokens) for example in tokenise(rows, tokenizer, END, 22)] == [10, 20, 22]
 
 
