@@ -309,7 +309,7 @@ async def test_checkpoints_come_by_the_clock_and_the_old_ones_go(tiny_dir: Path,
         kept = max(kept, len(there))
 
     settings = {**SURE, "max_steps": 150, "epochs": 100, "save_steps": 100_000}
-    watched = Watched(tmp_path, tiny_dir, settings, limits={"save_minutes": 0.01})
+    watched = Watched(tmp_path, tiny_dir, settings, limits={"save_minutes": 0.002})
     watched.on_step = look
     assert await watched.train() is not None
     assert len(seen) >= 3
