@@ -18,6 +18,12 @@ class Limits:
     told: tuple[str, ...] = ()
 
 
+FULL_ON_ONE_CARD = (
+    "a full fine-tune is trained on one card here",
+    'Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.finetuning_type = "lora".',
+)
+
+
 def limits(recipe: TrainerSettings, method: Method, *, continues: bool, replay_rows: int) -> Limits:
     """`continues`: from an adapter. `replay_rows`: of the base's own answers in this night."""
     refused = [*_full_elsewhere(recipe), *_beyond_its_cards(recipe, method)]
@@ -34,10 +40,7 @@ def _full_elsewhere(recipe: TrainerSettings) -> Iterator[tuple[str, str]]:
             'Set trainer.backend = "peft", or trainer.finetuning_type = "lora".',
         )
     if recipe.finetuning_type == "full" and (recipe.gpus > 1 or recipe.sharding in ("fsdp", "zero3")):
-        yield (
-            "a full fine-tune is trained on one card here",
-            'Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.finetuning_type = "lora".',
-        )
+        yield FULL_ON_ONE_CARD
 
 
 def _unused(recipe: TrainerSettings) -> Iterator[str]:

@@ -187,7 +187,7 @@ class Bench:
                 on_progress=lines.append,
                 log_path=folder / "trainer.log",
                 environment=passed_on,
-                python=self.python or None,
+                python=self.python,
             ),
             spec.out_dir,
             lambda plan: lines.clear(),

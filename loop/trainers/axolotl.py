@@ -22,21 +22,13 @@ from loop.digests import write_durably, write_jsonl
 from loop.memory_estimate import Workload
 from loop.trainers.axolotl_config import CONFIG, DATA, OUT, render, rows_at_once
 from loop.trainers.checkpoints import forget_incomplete, last_complete
-from loop.trainers.child import (
-    limit_memory,
-    live,
-    load_tokenizer,
-    settled_memory,
-    stop_ids,
-    unfinished,
-    versions,
-)
+from loop.trainers.child import live, load_tokenizer, planned_memory, stop_ids, unfinished, versions
 from loop.trainers.launch_config import ZERO3, zero3_config
 from loop.trainers.pace import Pace
 from loop.trainers.preference_rows import Unit, kto_weights, plan_units
 from loop.trainers.progress import Channel
 from loop.trainers.rows import Example, UnfitTemplate, plan_examples, tokenise
-from loop.trainers.spec import TrainResult, TrainSpec, read_rows, without_plan
+from loop.trainers.spec import TrainResult, TrainSpec, read_rows
 from loop.trainers.team import join, team
 
 if TYPE_CHECKING:
@@ -72,9 +64,7 @@ def run(spec: TrainSpec, _: Path, channel: Channel) -> None:
     folder = _folder(spec, digest)
     folder.mkdir(parents=True, exist_ok=True)
     data = _data(spec, tokenizer)
-    memory = settled_memory(spec, "axolotl", data.heaviest, digest)
-    spec = memory.settled(spec) if memory else without_plan(spec)
-    limit_memory(spec)
+    spec, memory = planned_memory(spec, "axolotl", data.heaviest, digest)
     job = Job(spec, digest, folder, data, Pace(spec.schedule, len(data.tokens), spec.limits.seconds), memory)
     if team().leads:
         _prepare(job, on_gpu=torch.cuda.is_available())
@@ -183,12 +173,10 @@ def _prepare(job: Job, *, on_gpu: bool) -> None:
     forget_incomplete(folder / OUT)
 
 
-def _rows_at_once(job: Job) -> int | None:
-    """As many as the plan's tokens hold."""
+def _rows_at_once(job: Job) -> int:
+    """As many as the plan's tokens hold; all without a plan."""
     most, counts = job.spec.memory.micro_tokens, rows_at_once(job.spec)
-    if most is None:
-        return None
-    return next((count for count in counts if count * job.data.heaviest.least <= most), counts[-1])
+    return next((count for count in counts if most is None or count * job.data.heaviest.least <= most), counts[-1])
 
 
 def _yaml(config: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from loop.trainers.rows import Example, parts_of
-from loop.trainers.shares import most_parts, shares
+from loop.trainers.shares import in_step, most_parts, shares
 from loop.trainers.team import Team
 
 
@@ -77,10 +77,10 @@ class Batches:
         return self._in_step(self(dealt[team.rank]), dealt, team)
 
     def _in_step(self, parts: list[Part], dealt: Sequence[Sequence[int]], team: Team) -> list[Part]:
-        if not team.sharded:
-            return parts
-        most = most_parts(dealt, self.lengths, self.at_once, packed=self.packed)
-        return parts + (most - len(parts)) * [self._idle] if most > len(parts) else parts
+        def most() -> int:
+            return most_parts(dealt, self.lengths, self.at_once, packed=self.packed)
+
+        return in_step(parts, most, team, lambda: self._idle)
 
     @cached_property
     def _idle(self) -> Part:

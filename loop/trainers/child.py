@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labeling.errors import InvalidInput, NightschoolError
+from loop.backends import FULL_ON_ONE_CARD
 from loop.digests import write_durably
 from loop.memory_estimate import Workload
 from loop.trainers.launcher import Launch, launch, listen_for_parking
@@ -170,10 +171,8 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     if spec.finetuning_type == "full" and backend.name != "peft":
         raise NotByThisBackend(f"the {backend.name} backend does no full fine-tune that an adapter could carry")
     if spec.finetuning_type == "full" and spec.cards.launched:
-        raise NotByThisBackend(
-            "a full fine-tune is trained on one card here",
-            hint='Set trainer.gpus = 1 and trainer.sharding = "auto", or trainer.finetuning_type = "lora".',
-        )
+        what, cure = FULL_ON_ONE_CARD
+        raise NotByThisBackend(what, hint=cure)
     digest = unfinished(spec)
     if digest is None:
         return
@@ -191,9 +190,7 @@ def run(spec: TrainSpec, backend: Backend, channel: Channel) -> None:
     stops = stop_ids(spec.base_dir, tokenizer)
     made = partial(tokenise, rows, tokenizer, stops, spec.lengths.max_length)
     data = _data(spec, kept(spec.out_dir / FOLDER, digest, made), tokenizer, stops)
-    memory = settled_memory(spec, backend.name, data.heaviest(spec), digest)
-    spec = memory.settled(spec) if memory else without_plan(spec)
-    limit_memory(spec)
+    spec, memory = planned_memory(spec, backend.name, data.heaviest(spec), digest)
     set_seed(spec.seed)  # the adapter's first weights are random
     model = backend.load(spec, data.longest)
     if spec.start is not None:
@@ -215,19 +212,22 @@ def unfinished(spec: TrainSpec) -> str | None:
     return digest
 
 
-def settled_memory(spec: TrainSpec, backend: str, heaviest: Workload, digest: str) -> RunMemory | None:
-    """The run's plan, and its limit set; `heaviest`: step. None where memory is not planned: for a base of unknown
-    shape."""
+def planned_memory(
+    spec: TrainSpec, backend: str, heaviest: Workload, digest: str
+) -> tuple[TrainSpec, RunMemory | None]:
+    """The spec as the run's plan settles it, and the plan, limits set; `heaviest`: of all steps. No plan for a base of
+    unknown shape."""
     from loop.trainers.memory import settle
     from loop.trainers.planned_run import compute_dtype
 
     memory = settle(spec, backend, heaviest, digest, compute_dtype())
     if memory is not None:
         memory.limit()
-    return memory
+    _limit_memory(spec)
+    return memory.settled(spec) if memory else without_plan(spec), memory
 
 
-def limit_memory(spec: TrainSpec) -> None:
+def _limit_memory(spec: TrainSpec) -> None:
     """The GPU's, to the share that production leaves; a smaller budget of the memory plan holds on."""
     import torch
 

@@ -6,22 +6,21 @@ on whichever rank it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from loop.trainers.preference_loss import Padded
 from loop.trainers.preference_rows import Unit, mismatched
 from loop.trainers.rows import Example, parts_of, weight
-from loop.trainers.shares import shares
+from loop.trainers.shares import in_step, shares
 from loop.trainers.team import ALONE, Team
 
 Step = tuple[list[int], list[int]]  # numbers of units, of replay rows
 Objective = Literal["dpo", "orpo", "kto"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,10 @@ class PreferenceParts:
         units, held = step
         dealt = self.deal(step, team.size)
         of_units, of_held = [self._unit_parts(own) for own, _ in dealt], [self._held_parts(own) for _, own in dealt]
-        parts = _in_step([self._of_units(part, units) for part in of_units[team.rank]], of_units, team, self._idle_unit)
-        parts += _in_step([self._of_held(part, held) for part in of_held[team.rank]], of_held, team, self._idle_held)
+        own_units = [self._of_units(part, units) for part in of_units[team.rank]]
+        own_held = [self._of_held(part, held) for part in of_held[team.rank]]
+        parts = in_step(own_units, lambda: max(map(len, of_units)), team, self._idle_unit)
+        parts += in_step(own_held, lambda: max(map(len, of_held)), team, self._idle_held)
         return StepParts(tuple(parts), len(units), tuple(self._drift(units, team)))
 
     def deal(self, step: Step, ranks: int) -> list[Step]:
@@ -158,7 +159,7 @@ class PreferenceParts:
             DriftPart(Padded.of([rows[number] for number in part], self.pad_id), len(part) / len(rows))
             for part in dealt[team.rank]
         ]
-        return _in_step(made, dealt, team, lambda: DriftPart(self._idle_unit().rows, 0.0))
+        return in_step(made, lambda: max(map(len, dealt)), team, lambda: DriftPart(self._idle_unit().rows, 0.0))
 
     def _idle_unit(self) -> PreferencePart:
         shortest = min(range(len(self._widths)), key=self._widths.__getitem__)
@@ -167,12 +168,6 @@ class PreferenceParts:
     def _idle_held(self) -> PreferencePart:
         shortest = min(range(len(self._lengths)), key=self._lengths.__getitem__)
         return replace(self._of_held([shortest], [shortest]), of_tokens=0.0)
-
-
-def _in_step(made: list[T], of_ranks: Sequence[Sequence[Any]], team: Team, idle: Callable[[], T]) -> list[T]:
-    """`of_ranks`: what each rank has of this kind; `made`: this one's."""
-    most = max(map(len, of_ranks)) if team.sharded else len(made)
-    return [*made, *(idle() for _ in range(most - len(made)))]
 
 
 def _answers(rows: Iterable[Example]) -> int:

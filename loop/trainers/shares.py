@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from loop.trainers.rows import parts_of
+from loop.trainers.team import Team
+
+T = TypeVar("T")
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], ranks: int, has: Sequence[int] = ()) -> list[list[int]]:
@@ -28,3 +32,10 @@ def most_parts(
 ) -> int:
     """Of the rank that has most: where ranks hold the base together, all must pass through it as often."""
     return max(len(parts_of(rows, lengths, at_once, packed=packed)) for rows in dealt)
+
+
+def in_step(made: list[T], most: Callable[[], int], team: Team, idle: Callable[[], T]) -> list[T]:
+    """A rank's parts; where ranks hold the base together, with idle ones up to the `most` that any of them has."""
+    if not team.sharded:
+        return made
+    return [*made, *(idle() for _ in range(most() - len(made)))]

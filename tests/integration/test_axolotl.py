@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from loop.adapter_files import check, read_base_config
 from loop.executors import ChildControl, ChildCrashed, ChildFailed, LocalExecutor
@@ -22,6 +21,7 @@ from loop.trainers.sft_loop import scheduler_of
 from loop.trainers.spec import TrainSpec, read_result, write_spec
 from tests.conftest import ROOT
 from tests.integration.test_preference_training import THINGS, _pairs, _thumbs
+from tests.integration.test_several_ranks import adapter, away
 from tests.integration.test_trainer import _prepare, tiny_dir, trainers_of
 
 PYTHON = ROOT / ".venv-axolotl" / "bin" / "python"
@@ -76,13 +76,6 @@ def _rates(spec: TrainSpec, steps: int) -> list[float]:
         optimizer.step()
         scheduler.step()
     return rates
-
-
-def _away(spec: TrainSpec, other: TrainSpec) -> float:
-    """One adapter from the other, relative to its size."""
-    one, two = (load_file(s.out_dir / "adapter" / "adapter_model.safetensors") for s in (spec, other))
-    apart = sum((one[name].float() - two[name].float()).square().sum().item() for name in two)
-    return float((apart / sum(weight.float().square().sum().item() for weight in two.values())) ** 0.5)
 
 
 def _is_servable(spec: TrainSpec) -> None:
@@ -175,7 +168,7 @@ async def test_a_step_in_parts_or_shared_out_is_the_same_step(tiny_dir: Path, tm
     assert (written["micro_batch_size"], written["gradient_accumulation_steps"]) == (1, 6)
     assert written["gradient_checkpointing"] is True
     for spec in (halves, shared):
-        assert _away(spec, whole) < 0.01
+        assert away(adapter(whole), adapter(spec)) < 0.01
         result = read_result(spec.out_dir)
         assert result is not None
         assert result.memory is not None
